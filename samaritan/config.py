@@ -1,0 +1,300 @@
+"""The configuration of a run: YAML in, one frozen and hashed object out.
+
+Unknown keys are faults, all faults are reported together, and the resolved form (every default
+written out) is saved with each run. Nothing here can name code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from samaritan.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    base: str = "tiny"
+    """A name from `samaritan models list`."""
+    checkpoint: str | None = None
+    """Checkpoint file (.pth or .safetensors); every base but `tiny` needs one."""
+    checkpoint_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Refuse any other file."""
+    image_size: int | None = Field(default=None, ge=16, le=2048)
+    """Side of the square model input in pixels; the base's own size when left out."""
+
+
+class PeftConfig(Section):
+    """What is trained, and at which rank."""
+
+    preset: str = "flap-sam"
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0)
+    """LoRA scale is alpha / rank; equal to the rank (scale 1) when left out."""
+
+
+class DataConfig(Section):
+    """Where cases come from and how a volume becomes slices."""
+
+    source: Literal["folder", "phantoms"] = "folder"
+    sites: int = Field(default=4, ge=1, le=1000)
+    """Number of sites of the phantom demo, or of a `uniform` partition."""
+    cases_per_site: int = Field(default=8, ge=2, le=1000)
+    """Phantom volumes made for each site."""
+    partition: Literal["manifest", "uniform"] = "manifest"
+    """Sites as the manifest names them, or pseudo-sites of equal size dealt out by patient."""
+    classes: dict[str, int] | None = None
+    """Structure name -> label value; read from dataset.json or the labels when left out."""
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of each site's patients held out where the dataset names no split."""
+    slice_axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
+    pixel_mm: float | None = Field(default=None, gt=0)
+    """Pixel size of the model grid; the longer side fills the input when left out."""
+    context_slices: int = Field(default=3, ge=1, le=15)
+    """Neighbouring slices given as channels (odd); 1 repeats the slice itself."""
+    cache_mb: int = Field(default=2048, ge=1)
+    """Memory for prepared cases, over all sites."""
+    pseudo_sites: bool = False
+    """True where the sites are parts of one hospital's data; said in every report."""
+    note: str = ""
+
+    @field_validator("context_slices")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("must be odd, so that the labelled slice is in the middle")
+        return value
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        if value is not None and (
+            not value or min(value.values()) < 1 or len(set(value.values())) != len(value)
+        ):
+            raise ValueError("needs one structure or more, with distinct label values from 1 on")
+        return value
+
+
+class TrainingConfig(Section):
+    """Local training in one round at one site."""
+
+    slices_per_case: float = Field(default=8, gt=0)
+    """Slices drawn per training case in a round; sets the number of steps."""
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    """Linear warm-up at the start of each round, as AdamW's moments start anew."""
+    final_lr_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Cosine decay over all rounds ends at this share of the learning rate."""
+    dice_weight: float = Field(default=0.8, ge=0, le=1)
+    """Loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy, per record."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    foreground_fraction: float = Field(default=0.8, ge=0, le=1)
+    """Share of drawn slices that touch a labelled structure."""
+    flip: tuple[Literal["left-right", "anterior-posterior", "superior-inferior"], ...] = ()
+    """Body axes mirrored at random."""
+    rotate_degrees: float = Field(default=10.0, ge=0, le=180)
+    scale_fraction: float = Field(default=0.1, ge=0, lt=1)
+    shift_fraction: float = Field(default=0.05, ge=0, lt=1)
+    intensity_fraction: float = Field(default=0.2, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class FederationConfig(Section):
+    """Who must answer, and how long the server waits."""
+
+    weighting: Literal["examples", "uniform"] = "examples"
+    min_sites: int | None = Field(default=None, ge=1)
+    """Usable replies a round needs; more than half of the sites when left out."""
+    wait_s: float = Field(default=60, gt=0)
+    """How long the server waits for enough sites to be online."""
+    round_timeout_s: float = Field(default=3600, gt=0)
+    """A site that trains longer than this in one round gives up and says so."""
+
+
+class EvaluationConfig(Section):
+    """How adapters are scored on validation cases."""
+
+    every_rounds: int = Field(default=1, ge=1)
+    """Validation Dice after every n-th round; the last round is always scored."""
+    nsd_tolerance_mm: float = Field(default=1.0, gt=0)
+    flip: tuple[Literal["left-right", "anterior-posterior", "superior-inferior"], ...] = ()
+    """Mirrored copies averaged at test time."""
+    window_overlap: float = Field(default=0.25, ge=0, lt=1)
+    """Overlap of sliding windows where a plane is larger than the model input."""
+
+
+class Config(Section):
+    """Everything that decides the result of a run."""
+
+    name: str = Field(default="samaritan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    rounds: int = Field(default=10, ge=1)
+    strategy: str = "fedavg"
+    model: ModelConfig = ModelConfig()
+    peft: PeftConfig = PeftConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _reachable_quorum(self) -> Config:
+        wanted = self.federation.min_sites
+        known = self.data.source == "phantoms" or self.data.partition == "uniform"
+        if wanted is not None and known and wanted > self.data.sites:
+            raise ValueError(
+                f"federation.min_sites is {wanted} but data.sites is {self.data.sites}"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `key=value` overrides.
+
+    Args:
+        path: The YAML file.
+        overrides: Items such as ``peft.rank=4``; values are read as YAML.
+
+    Raises:
+        ConfigError: With every fault of the file and the overrides in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "SAM-C101", f"cannot read the configuration {path}: {_reason(error)}", "Check the path."
+        ) from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "SAM-C102", f"{path} is not valid YAML: {error}", "Mend the line named above."
+        ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError("SAM-C102", f"{path} holds no mapping of keys to values", "See configs/.")
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Checks a tree of plain values; all faults come in one ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(f"  - {_fault(detail)}" for detail in error.errors())
+        count = error.error_count()
+        raise ConfigError(
+            "SAM-C103",
+            f"{source} has {count} fault{'s' if count > 1 else ''}:\n{faults}",
+            "Mend each key; every key and its default is in docs/configuration.md.",
+        ) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_sha256(config: Config) -> str:
+    """Hash of the resolved configuration, independent of key order and layout."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def config_differences(old: Config, new: Config) -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    before, after = (dict(_leaves(c.model_dump(mode="json"))) for c in (old, new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key the configuration knows."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += config_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, equals, raw = item.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            "SAM-C104", f"--set {item!r} is not of the form key=value", "Example: --set rounds=3"
+        )
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "SAM-C104", f"--set {item!r} has an unreadable value", "Quote it as YAML."
+        ) from error
+    *parents, leaf = key.strip().split(".")
+    node: Any = tree
+    for name in parents:
+        node = node.setdefault(name, {}) if isinstance(node, dict) else None
+        if node is None:
+            break
+    if not isinstance(node, dict):
+        raise ConfigError(
+            "SAM-C104", f"--set {item!r} goes through a value that is no section", "Check the key."
+        )
+    node[leaf] = value
+
+
+def _fault(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"{key}: unknown key" + (f"; did you mean {near}?" if near else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and not key:
+        return message
+    return f"{key}: {message} (got {detail['input']!r})"
+
+
+def _nearest(key: str) -> str | None:
+    known = config_keys()
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    # `rank: 4` at the top level means `peft.rank`: compare the last names alone.
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.7)
+    return by_leaf[leaf[0]] if leaf else None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

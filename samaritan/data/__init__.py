@@ -1,0 +1,1 @@
+"""Volumes, datasets, geometry and slices."""

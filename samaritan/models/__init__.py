@@ -1,0 +1,1 @@
+"""Base models, what is trained on them, and adapters as files."""

@@ -1,0 +1,274 @@
+"""Adapters: the trained part of a model as named tensors, as a file, and merged into the base.
+
+An adapter state maps official parameter names to tensors, such as
+``image_encoder.blocks.0.attn.qkv.lora_A_q.weight`` or ``mask_decoder.mask_tokens.weight``. It is
+all that ever leaves a site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from samaritan.config import Config, parse_config
+from samaritan.errors import ConfigError, ModelError
+from samaritan.models.bases import BuiltBase, build_base
+from samaritan.models.lora import attach, official_name
+from samaritan.models.presets import Preset, get_preset
+from samaritan.models.segmenter import Segmenter, autocast_dtype
+
+AdapterState = dict[str, Tensor]
+"""Official parameter name -> float32 tensor on the CPU."""
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A frozen base with one adapter on it, shared by every site of a process.
+
+    Attributes:
+        segmenter: Images to logits.
+        peft: The same model as peft sees it.
+        base: What was frozen, with its hash.
+        trained: Parameters of the adapter by official name.
+    """
+
+    segmenter: Segmenter
+    peft: PeftModel
+    base: BuiltBase
+    trained: Mapping[str, torch.nn.Parameter]
+
+    def state(self) -> AdapterState:
+        """A copy of the adapter."""
+        return {k: p.detach().float().cpu().clone() for k, p in self.trained.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Puts an adapter on the base.
+
+        Raises:
+            ModelError: When names or shapes differ.
+        """
+        require_like(state, {name: tuple(p.shape) for name, p in self.trained.items()})
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state[name])
+
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.trained.values())
+
+
+def build_adapted(
+    config: Config, num_classes: int, device: torch.device | None = None
+) -> AdaptedModel:
+    """The model a configuration describes, with a fresh adapter.
+
+    Args:
+        config: Decides base, preset, rank and seed.
+        num_classes: Structures to segment, background not counted.
+        device: Where to put it; the GPU if there is one.
+
+    Raises:
+        ConfigError: For an unknown base or preset, or an input size the base cannot take.
+        ModelError: For a checkpoint that is missing or does not fit, or a rank out of range.
+    """
+    preset = get_preset(config.peft.preset)
+    base = build_base(
+        config.model.base,
+        num_classes,
+        config.data.context_slices if config.data.context_slices > 1 else 3,
+        Path(config.model.checkpoint) if config.model.checkpoint else None,
+        config.model.checkpoint_sha256,
+    )
+    check_input(config, base)
+    extended = Preset(
+        preset.source, preset.lora + base.spec.extra_lora, preset.train + base.spec.extra_train
+    )
+    peft_model = attach(base.sam, extended, config.peft.rank, config.peft.alpha, config.seed)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    segmenter = Segmenter(base.sam).to(device)
+    segmenter.autocast_dtype = autocast_dtype(config.training.precision, device)
+    trained = {
+        official_name(name): parameter
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad
+    }
+    return AdaptedModel(segmenter, peft_model, base, trained)
+
+
+def check_input(config: Config, base: BuiltBase) -> None:
+    """Refuses input sizes and channel counts the base cannot take.
+
+    Raises:
+        ConfigError: Naming the key and the values that fit.
+    """
+    size, patch = image_size(config, base), base.spec.patch
+    if size % patch:
+        raise ConfigError(
+            "SAM-C203",
+            f"model.image_size {size} is no multiple of the patch size {patch} of {base.name}",
+            f"Choose {size // patch * patch} or {(size // patch + 1) * patch}.",
+        )
+    context, fixed = config.data.context_slices, base.spec.channels
+    if fixed is not None and context not in (1, fixed):
+        raise ConfigError(
+            "SAM-C204",
+            f"data.context_slices is {context}, but {base.name} has {fixed} input channels",
+            f"Choose 1 or {fixed}.",
+        )
+
+
+def image_size(config: Config, base: BuiltBase) -> int:
+    """Side of the model input in pixels."""
+    return config.model.image_size or base.spec.image_size
+
+
+def require_like(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], code: str = "SAM-M302"
+) -> None:
+    """Refuses a state whose names, shapes or values are not those of an adapter.
+
+    Raises:
+        ModelError: With the first names at fault.
+    """
+    faults = [f"missing {n}" for n in shapes if n not in state]
+    faults += [f"unknown {n}" for n in state if n not in shapes]
+    faults += [
+        f"{n} is {tuple(t.shape)} instead of {shapes[n]}"
+        for n, t in state.items()
+        if n in shapes and tuple(t.shape) != shapes[n]
+    ]
+    faults += [f"{n} is not finite" for n, t in state.items() if not torch.isfinite(t).all()]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ModelError(
+            code,
+            f"the adapter does not fit this model: {'; '.join(faults[:3])}{more}",
+            "Use an adapter of the same base, preset, rank and classes.",
+        )
+
+
+def save_adapter(
+    directory: Path, model: AdaptedModel, state: Mapping[str, Tensor], config: Config,
+    classes: Mapping[str, int],
+) -> None:  # fmt: skip
+    """Writes a peft adapter folder that also says how to use it.
+
+    Files: ``adapter_model.safetensors`` and ``adapter_config.json`` as peft writes them, and
+    ``samaritan.json`` with the base's hash, the classes and the resolved configuration.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {_PEFT_PREFIX + name: value.contiguous() for name, value in state.items()}
+    model.peft.peft_config["default"].save_pretrained(str(directory))
+    card = {
+        "format": 1,
+        "base": {"name": model.base.name, "sha256": model.base.sha256},
+        "classes": dict(classes),
+        "config": config.model_dump(mode="json"),
+    }
+    partial = directory / "adapter_model.safetensors.partial"
+    save_file(tensors, partial)
+    partial.replace(directory / "adapter_model.safetensors")
+    (directory / "samaritan.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder in memory: tensors, the base they belong to, and how to use them."""
+
+    state: AdapterState
+    base_name: str
+    base_sha256: str
+    classes: dict[str, int]
+    config: Config
+
+
+def read_adapter(directory: Path) -> SavedAdapter:
+    """Reads an adapter folder.
+
+    Raises:
+        ModelError: When a file is missing or unreadable.
+    """
+    try:
+        card: dict[str, Any] = json.loads((directory / "samaritan.json").read_text("utf-8"))
+        tensors = load_file(directory / "adapter_model.safetensors")
+        state = {name.removeprefix(_PEFT_PREFIX): value for name, value in tensors.items()}
+        config = parse_config(card["config"], f"{directory}/samaritan.json")
+        base, classes = card["base"], {str(k): int(v) for k, v in card["classes"].items()}
+        return SavedAdapter(state, base["name"], base["sha256"], classes, config)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            "SAM-M303",
+            f"{directory} is no adapter folder ({type(error).__name__}: {error})",
+            "Give the `adapter` folder of a run.",
+        ) from error
+
+
+def load_adapted(saved: SavedAdapter, checkpoint: Path | None = None) -> AdaptedModel:
+    """The model of a saved adapter, with the adapter on it.
+
+    Args:
+        saved: From `read_adapter`.
+        checkpoint: Where the base's checkpoint lies on this machine, if elsewhere than in training.
+
+    Raises:
+        ModelError: When the base is another than the adapter was trained on.
+    """
+    config = saved.config
+    if checkpoint is not None:
+        section = config.model.model_copy(update={"checkpoint": str(checkpoint)})
+        config = config.model_copy(update={"model": section})
+    model = build_adapted(config, len(saved.classes))
+    if model.base.sha256 != saved.base_sha256:
+        raise ModelError(
+            "SAM-M304",
+            f"the adapter was trained on {saved.base_name} {saved.base_sha256[:16]}, "
+            f"this base is {model.base.sha256[:16]}",
+            "Give the checkpoint the adapter was trained on.",
+        )
+    model.load(saved.state)
+    return model
+
+
+def merged_state(model: AdaptedModel) -> AdapterState:
+    """The base with the adapter folded in, under official names.
+
+    `segment_anything`'s classes load it with ``strict=True`` when built with as many mask tokens;
+    for three classes that is the stock registry builder. The model itself is left as it was.
+    """
+    state: AdapterState = {}
+    layers: dict[str, Any] = {
+        official_name(name) + ".weight": module
+        for name, module in model.peft.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    for name, value in model.peft.state_dict().items():
+        official = official_name(name)
+        if "lora_" in official:
+            continue
+        merged = value.detach().clone()
+        if official in layers:
+            merged += layers[official].get_delta_weight("default").detach()
+        state[official] = merged
+    return state
+
+
+def card_of(base: BuiltBase) -> dict[str, Any]:
+    """The base as summary.json names it."""
+    return {
+        "name": base.name,
+        "sha256": base.sha256,
+        "parameters": base.parameters,
+        "note": base.spec.note,
+        "hyper_parameters": asdict(base.spec),
+    }

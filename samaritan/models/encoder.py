@@ -1,0 +1,147 @@
+"""The forward pass of SAM's image encoder, on the official modules and weights.
+
+Two things differ from `ImageEncoderViT.forward`, and neither changes the result:
+
+* q, k and v are computed before the windows are cut, on (B, H, W, C). Fewer padded tokens are
+  computed, and an adapter on qkv sees the batch dimension, which per-record gradients need.
+* Position tables keep their official shape and are resized on the fly, so that any input size
+  runs on an official state dict.
+
+Legend: B batch, H W token rows and columns, C channels, h heads, d channels of a head, n tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_DIRECT_TOKENS = 256
+"""Up to this many tokens the plain softmax is as fast as the fused kernel (notes: 14x14)."""
+
+
+def encode_image(encoder: Any, images: Tensor) -> Tensor:
+    """Image embeddings of an official `ImageEncoderViT`.
+
+    Args:
+        encoder: The official module, with or without adapters.
+        images: (B, channels, rows, columns), normalised; sides a multiple of the patch size.
+
+    Returns:
+        (B, out_chans, rows / patch, columns / patch).
+    """
+    x = encoder.patch_embed(images)
+    if encoder.pos_embed is not None:
+        x = x + _resized_positions(encoder.pos_embed, (x.shape[1], x.shape[2]))
+    for block in encoder.blocks:
+        x = _block(block, x)
+    embedding: Tensor = encoder.neck(x.permute(0, 3, 1, 2))
+    return embedding
+
+
+def _resized_positions(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, H0, W0, C) -> (1, H, W, C); bilinear, as SAMed and FLAP-SAM resize it."""
+    if table.shape[1:3] == size:
+        return table
+    resized = F.interpolate(
+        table.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False
+    )
+    return resized.permute(0, 2, 3, 1)
+
+
+def _block(block: Any, x: Tensor) -> Tensor:
+    """One transformer block; x is (B, H, W, C)."""
+    height, width = x.shape[1:3]
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x))
+    window = block.window_size
+    if window:
+        qkv = _cut_windows(qkv, window, attn.qkv.bias)
+    mixed = _attend(attn, qkv)
+    if window:
+        mixed = _join_windows(mixed, window, height, width)
+    x = x + attn.proj(mixed)
+    return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+
+
+def _attend(attn: Any, qkv: Tensor) -> Tensor:
+    """Multi-head attention within each (H, W) grid: (B, H, W, 3C) -> (B, H, W, C)."""
+    b, h, w, channels = qkv.shape
+    n, heads = h * w, attn.num_heads
+    q, k, v = qkv.reshape(b, n, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+    if not attn.use_rel_pos:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        rel_h, rel_w = _relative_positions(attn, q, h, w)
+        if n <= _DIRECT_TOKENS:
+            scores = (q * attn.scale) @ k.transpose(-2, -1)
+            bias = rel_h[..., :, None] + rel_w[..., None, :]
+            out = (scores + bias.reshape(b, heads, n, n)).softmax(-1) @ v
+        else:
+            out = _fused_attention(q * attn.scale, k, v, rel_h, rel_w)
+    return out.transpose(1, 2).reshape(b, h, w, channels // 3)
+
+
+def _relative_positions(attn: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Decomposed relative position scores (B, heads, n, H) and (B, heads, n, W)."""
+    b, heads, n, d = q.shape
+    grid = q.reshape(b, heads, h, w, d)
+    rows = _relative_table(attn.rel_pos_h, h)
+    columns = _relative_table(attn.rel_pos_w, w)
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rows)
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, columns)
+    return rel_h.reshape(b, heads, n, h), rel_w.reshape(b, heads, n, w)
+
+
+def _relative_table(table: Tensor, size: int) -> Tensor:
+    """(2 * size0 - 1, d) -> (size, size, d), entry [i, j] for the distance i - j."""
+    if table.shape[0] != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+    index = torch.arange(size, device=table.device)
+    return table[index[:, None] - index[None, :] + size - 1]
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Exact attention with relative positions on the fused kernel, gradients included.
+
+    q.k + rel_h[kh] + rel_w[kw] equals [q, rel_h, rel_w] . [k, onehot(kh), onehot(kw)], so the bias
+    becomes extra channels; as an additive mask that needs gradients it would fall back to the slow
+    kernel.
+    """
+    h, w, d = rel_h.shape[-1], rel_w.shape[-1], q.shape[-1]
+    rows = torch.eye(h, dtype=q.dtype, device=q.device).repeat_interleave(w, 0)
+    columns = torch.eye(w, dtype=q.dtype, device=q.device).repeat(h, 1)
+    where = torch.cat([rows, columns], -1).expand(*k.shape[:-1], h + w)
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, rel_h.to(q.dtype), rel_w.to(q.dtype)], -1),
+        torch.cat([k, where], -1),
+        F.pad(v, (0, h + w)),
+        scale=1.0,
+    )
+    return out[..., :d]
+
+
+def _cut_windows(qkv: Tensor, window: int, bias: Tensor) -> Tensor:
+    """(B, H, W, 3C) -> (B * windows, window, window, 3C); padded tokens hold the bias.
+
+    The official order pads the input with zeros, and qkv(0) is the bias.
+    """
+    b, h, w, c = qkv.shape
+    rows, columns = -(-h // window), -(-w // window)
+    if (rows * window, columns * window) != (h, w):
+        padded = bias.to(qkv.dtype).expand(b, rows * window, columns * window, c).clone()
+        padded[:, :h, :w] = qkv
+        qkv = padded
+    grid = qkv.reshape(b, rows, window, columns, window, c)
+    return grid.transpose(2, 3).reshape(-1, window, window, c)
+
+
+def _join_windows(windows: Tensor, window: int, h: int, w: int) -> Tensor:
+    """The inverse of `_cut_windows` for (B * windows, window, window, C), padding dropped."""
+    rows, columns = -(-h // window), -(-w // window)
+    grid = windows.reshape(-1, rows, columns, window, window, windows.shape[-1])
+    return grid.transpose(2, 3).reshape(-1, rows * window, columns * window, windows.shape[-1])[
+        :, :h, :w
+    ]

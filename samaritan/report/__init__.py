@@ -1,0 +1,1 @@
+"""summary.json, overlays and the HTML report."""

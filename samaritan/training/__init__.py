@@ -1,0 +1,1 @@
+"""Loss, local training, evaluation and 3-D metrics."""
