@@ -1,8 +1,8 @@
 """Dataset folders as lists of cases, and splits by person.
 
-Three layouts are read: a ``manifest.csv``, a Medical Segmentation Decathlon (or nnU-Net v1) folder, and
-an nnU-Net v2 folder. All paths must stay inside the folder. The unit of every split is the subject:
-one person may own several volumes, and all of them belong to one side.
+Three layouts are read: a ``manifest.csv``, a Medical Segmentation Decathlon (or nnU-Net v1) folder,
+and an nnU-Net v2 folder. All paths must stay inside the folder. The unit of every split is the
+subject: one person may own several volumes, and all of them belong to one side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import json
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,8 @@ def assign_splits(dataset: Dataset, val_fraction: float, seed: int) -> Dataset:
         undecided = sorted(people - known.keys(), key=lambda person: _draw(seed, person))
         counts = Counter(known[person] for person in people & known.keys())
         wanted = _validation_subjects(len(undecided), counts, val_fraction)
-        known |= {person: "val" for person in undecided[:wanted]}
-        known |= {person: "train" for person in undecided[wanted:]}
+        known |= dict.fromkeys(undecided[:wanted], "val")
+        known |= dict.fromkeys(undecided[wanted:], "train")
     cases = [replace(case, split=case.split or known[case.subject_id]) for case in dataset.cases]
     return replace(dataset, cases=tuple(cases))
 
@@ -146,14 +146,14 @@ def require_disjoint(dataset: Dataset) -> None:
     Raises:
         DataError: A subject is in two splits (SAM-D301) or at two sites (SAM-D302).
     """
-    for error in shared_subjects(dataset):
+    for error in shared_subjects(dataset.cases):
         raise error
 
 
-def shared_subjects(dataset: Dataset) -> list[DataError]:
+def shared_subjects(cases: Sequence[Case]) -> list[DataError]:
     """Errors for subjects in two splits (SAM-D301) and at two sites (SAM-D302)."""
     errors = []
-    splits = _in_several(dataset.cases, lambda case: case.split)
+    splits = _in_several(cases, lambda case: case.split)
     if splits:
         errors.append(
             DataError(
@@ -162,7 +162,7 @@ def shared_subjects(dataset: Dataset) -> list[DataError]:
                 "Put all cases of a person into one split; scores are too good otherwise.",
             )
         )
-    sites = _in_several(dataset.cases, lambda case: case.site)
+    sites = _in_several(cases, lambda case: case.site)
     if sites:
         errors.append(
             DataError(
@@ -351,18 +351,21 @@ def _inside(root: Path, listed: str, what: str) -> Path:
             "Name files relative to the folder; move or link them into it.",
         )
     path = root / relative
-    # DICOM series are folders.
-    if not relative or "\0" in relative or not path.exists():
+    # A folder is fine here: a DICOM series is one.
+    if not relative or not _exists(path):
         raise DataError(
             "SAM-D206",
             f"{what} {listed!r} does not exist",
             "Check the name and its ending, and that the copy is complete.",
         )
-    if _first_channel(root, relative) == relative and "_0000." in path.name:
-        second = path.with_name(path.name.replace("_0000.", "_0001."))
-        if second.exists():
-            raise _several_channels(what, 2)
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def _unknown_layout(root: Path) -> DataError:
@@ -380,7 +383,7 @@ def _unknown_layout(root: Path) -> DataError:
 def _several_channels(what: str, channels: int) -> DataError:
     return DataError(
         "SAM-D208",
-        f"{what} has {channels} channels per case or more; one is supported",
+        f"{what} has {channels} channels per case; one is supported",
         f"Choose one channel and list its files in a {MANIFEST}.",
     )
 

@@ -72,7 +72,7 @@ class SliceGrid:
 
     @property
     def extent_mm(self) -> tuple[float, float]:
-        """(row, column) extent of one slice, from the edge of the first to that of the last voxel."""
+        """(row, column) extent of one slice, from edge to edge."""
         rows, columns = self.native_plane
         return rows * self.spacing_mm[self.row_axis], columns * self.spacing_mm[self.column_axis]
 
@@ -130,10 +130,10 @@ def to_stack(array: NDArray[Any], grid: SliceGrid, mode: Mode) -> torch.Tensor:
     if array.shape != grid.shape:
         raise ValueError(f"array {array.shape} is not on the grid {grid.shape}")
     order = (grid.axis, grid.row_axis, grid.column_axis)
-    stack = torch.from_numpy(np.ascontiguousarray(array.transpose(order)))
+    stack = torch.from_numpy(np.array(array.transpose(order), order="C"))
     if mode == "label":
-        return _resize(stack.float(), grid.plane, "nearest-exact").to(stack.dtype, copy=True)
-    return _resize(stack.to(torch.float32, copy=True), grid.plane, "bilinear")
+        return _resize(stack.float(), grid.plane, "nearest-exact").to(stack.dtype)
+    return _resize(stack.float(), grid.plane, "bilinear")
 
 
 def from_stack(stack: torch.Tensor, grid: SliceGrid) -> torch.Tensor:

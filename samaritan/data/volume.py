@@ -159,7 +159,7 @@ def to_native(array_ras: Array, grid: NativeGrid) -> Array:
         The same voxels with shape ``grid.shape``, contiguous.
     """
     back = nib.orientations.ornt_transform(_CANONICAL, grid.orientation)
-    native = np.ascontiguousarray(nib.apply_orientation(array_ras, back))
+    native = np.array(nib.apply_orientation(array_ras, back), order="C")
     if native.shape != grid.shape:
         raise DataError(
             "SAM-D110",
@@ -289,7 +289,9 @@ def _image_class(stream: IO[bytes]) -> Any:
 
 
 def _canonical(data: Array, grid: NativeGrid) -> Volume:
-    array = np.ascontiguousarray(nib.apply_orientation(data, grid.orientation))
+    # A copy, not ascontiguousarray: that leaves the negative stride of a flipped axis of length 1,
+    # which torch refuses.
+    array = np.array(nib.apply_orientation(data, grid.orientation), order="C")
     affine = grid.affine @ nib.orientations.inv_ornt_aff(grid.orientation, grid.shape)
     x, y, z = (float(size) for size in voxel_sizes(affine))
     return Volume(array, affine, (x, y, z), grid)

@@ -160,7 +160,7 @@ def _points(pairs: Iterable[tuple[Json, float | None]]) -> tuple[list[int], list
 
 
 def traffic(summary: Json, key: str) -> dict[str, list[float]]:
-    """Bytes per training round, ``bytes_up`` or ``bytes_down``, by site; 0 where none is recorded."""
+    """``bytes_up`` or ``bytes_down`` per training round by site; 0 where none is recorded."""
     entries = training_rounds(summary)
     return {
         site: [number(entry, "sites", site, key) or 0.0 for entry in entries]
@@ -260,7 +260,8 @@ def key_figures(summary: Json, cases: Sequence[Json]) -> list[KeyFigure]:
             units.count(trained),
             "" if not base else f"{units.percent(trained, base)} of the base’s {units.count(base)}",
         ),
-        KeyFigure("Traffic", _total(up, down), f"per site and round; up {units.size(up)}"),
+        KeyFigure("Sent", units.size(up), "per site and round"),
+        KeyFigure("Received", units.size(down), "per site and round"),
         KeyFigure(
             "Wall time", units.duration(number(summary, "cost", "wall_seconds")), _pace(summary)
         ),
@@ -280,12 +281,6 @@ def _spread(cases: Sequence[Json], metric: str, digits: int) -> str:
         return ""
     low, _, high = quantiles(values, n=4, method="inclusive")
     return f"quartiles {low:.{digits}f} to {high:.{digits}f}"
-
-
-def _total(up: float | None, down: float | None) -> str:
-    if up is None and down is None:
-        return units.MISSING
-    return units.size((up or 0) + (down or 0))
 
 
 def _pace(summary: Json) -> str:

@@ -5,8 +5,7 @@ Legend: X to the patient's right, Y to the front, Z to the head (RAS), in voxels
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from samaritan.errors import StorageError
 from samaritan.report import units
+from samaritan.report.folder import write_atomically
 
 Volume = NDArray[Any]
 
@@ -30,6 +30,8 @@ MIN_MARGIN_MM = 8.0
 RELATIVE_MARGIN = 0.5
 
 _PAPER, _INK, _QUIET = "#0d0f11", "#f2f2ee", "#a9adb2"
+_WIDTH_IN, _ABOVE_IN = 9.6, 0.55
+_DASHES = (0.0, (3.2, 2.2))
 _SCALE_STEPS_MM = (1, 2, 5, 10, 20, 50, 100)
 
 
@@ -94,7 +96,8 @@ def draw_overlay(
     foreground = {name: value for name, value in classes.items() if value != 0}
     centre = _centre(label, prediction, list(foreground.values()))
     window = _window(label, prediction, centre, spacing_mm)
-    figure = _figure(window, spacing_mm)
+    entries = _legend_entries(foreground, label, prediction)
+    figure = _figure(window, spacing_mm, legend_rows=-(-len(entries) // _legend_columns(entries)))
     for axes, plane in zip(figure.axes, PLANES, strict=True):
         _draw_plane(axes, plane, image, centre, window, spacing_mm)
         for colour, value in zip(_cycle(len(foreground)), foreground.values(), strict=True):
@@ -102,10 +105,13 @@ def draw_overlay(
             _contour(axes, plane, prediction == value, centre, spacing_mm, colour, "dashed")
         _letters(axes, plane)
     _scale_bar(figure.axes[0])
-    _legend(figure, foreground, label, prediction)
+    _legend(figure, entries)
     figure.suptitle(units.shorten(" ".join(title.split()), 90), color=_INK, fontsize=10.5, x=0.012,
                     ha="left", parse_math=False)  # fmt: skip
-    return _save(figure, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, facecolor=_PAPER)
+    write_atomically(path, buffer.getvalue())
+    return path
 
 
 def _check(image: Volume, label: Volume, prediction: Volume, spacing_mm: Sequence[float]) -> None:
@@ -164,28 +170,31 @@ def _extent_mm(window: Sequence[tuple[int, int]], spacing_mm: Sequence[float], a
     return (high - low + 1) * spacing_mm[axis]
 
 
-def _figure(window: Sequence[tuple[int, int]], spacing_mm: Sequence[float]) -> Any:
+def _figure(
+    window: Sequence[tuple[int, int]], spacing_mm: Sequence[float], legend_rows: int
+) -> Any:
     """Three panels side by side, each as wide as its plane in millimetres."""
     widths = [_extent_mm(window, spacing_mm, plane.across) for plane in PLANES]
     heights = [_extent_mm(window, spacing_mm, plane.upward) for plane in PLANES]
-    width_in = 9.6
-    height_in = min(max(width_in * 0.93 * max(heights) / sum(widths), 1.6), 6.0) + 0.95
-    figure = Figure(figsize=(width_in, height_in), facecolor=_PAPER)
+    below_in = 0.18 + 0.22 * legend_rows
+    planes_in = min(max(0.88 * _WIDTH_IN * max(heights) / sum(widths), 1.6), 6.0)
+    height_in = planes_in + below_in + _ABOVE_IN
+    figure = Figure(figsize=(_WIDTH_IN, height_in), facecolor=_PAPER)
     FigureCanvasAgg(figure)
     figure.subplots(
         1, 3, width_ratios=widths,
         gridspec_kw={
             "left": 0.03, "right": 0.97, "wspace": 0.12,
-            "top": 1 - 0.58 / height_in, "bottom": 0.42 / height_in,
+            "top": 1 - _ABOVE_IN / height_in, "bottom": below_in / height_in,
         },
     )  # fmt: skip
     return figure
 
 
 def _slice(volume: Volume, plane: Plane, centre: tuple[int, int, int]) -> Volume:
-    """The plane as (row, column) = (upward, across); both rows and columns rise with the array."""
+    """The plane as (row, column) = (upward, across), both in the order of the array."""
     flat: Volume = np.take(volume, centre[plane.through], axis=plane.through)
-    return flat.T if plane.across < plane.upward else flat
+    return flat.T
 
 
 def _draw_plane(
@@ -230,7 +239,7 @@ def _contour(
     drawn = axes.contour(
         xs, ys, flat, levels=[0.5], colors=[_lighter(colour) if dashed else colour],
         linewidths=1.1 if dashed else 1.7,
-        linestyles=[(0, (3.2, 2.2)) if dashed else "solid"],
+        linestyles=[_DASHES if dashed else "solid"],
     )  # fmt: skip
     if not dashed:
         drawn.set_path_effects([patheffects.withStroke(linewidth=2.7, foreground="#00000088")])
@@ -239,7 +248,7 @@ def _contour(
 def _lighter(colour: str) -> tuple[float, ...]:
     """The colour mixed with white, so that a dash shows on a solid line of the same class."""
     channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return tuple(0.35 * channel + 0.65 for channel in channels)
+    return tuple(0.45 * channel + 0.55 for channel in channels)
 
 
 def _letters(axes: Any, plane: Plane) -> None:
@@ -272,47 +281,39 @@ def _scale_bar(axes: Any) -> None:
     )  # fmt: skip
 
 
-def _legend(figure: Any, classes: Mapping[str, int], label: Volume, prediction: Volume) -> None:
+def _legend_entries(
+    classes: Mapping[str, int], label: Volume, prediction: Volume
+) -> list[tuple[str, Line2D]]:
+    """The two line styles, then every class that this case holds or was given."""
     present = set(np.unique(label).tolist()) | set(np.unique(prediction).tolist())
     shown = [
-        (name, colour)
+        (units.shorten(" ".join(name.split()), 28), Line2D([], [], color=colour, linewidth=3))
         for (name, value), colour in zip(classes.items(), _cycle(len(classes)), strict=True)
         if value in present
     ]
-    handles = [Line2D([], [], color=colour, linewidth=3) for _, colour in shown]
-    names = [units.shorten(" ".join(name.split()), 28) for name, _ in shown]
     if len(shown) > MAX_LEGEND_CLASSES:
-        names[MAX_LEGEND_CLASSES:] = [f"+ {len(shown) - MAX_LEGEND_CLASSES} more"]
-        handles[MAX_LEGEND_CLASSES:] = [Line2D([], [], linewidth=0)]
-    styles = [
-        Line2D([], [], color=_INK, linewidth=1.7),
-        Line2D([], [], color=_INK, linewidth=1.1, linestyle=(0, (3.2, 2.2))),
+        more = f"+ {len(shown) - MAX_LEGEND_CLASSES} more"
+        shown[MAX_LEGEND_CLASSES:] = [(more, Line2D([], [], linewidth=0))]
+    return [
+        ("label", Line2D([], [], color=_INK, linewidth=1.7)),
+        ("prediction", Line2D([], [], color=_INK, linewidth=1.1, linestyle=_DASHES)),
+        *shown,
     ]
-    names = ["label", "prediction", *(f"\u200b{name}" for name in names)]
+
+
+def _legend_columns(entries: Sequence[tuple[str, Line2D]]) -> int:
+    """How many columns fit beside each other, judged by the longest name."""
+    longest = max(len(name) for name, _ in entries)
+    return max(1, int((_WIDTH_IN - 0.3) / (0.55 + 0.075 * longest)))
+
+
+def _legend(figure: Any, entries: Sequence[tuple[str, Line2D]]) -> None:
+    # Matplotlib drops names with a leading underscore; names are set afterwards, as plain text.
     legend = figure.legend(
-        [*styles, *handles], names, loc="lower left", bbox_to_anchor=(0.012, 0.0), ncols=7,
-        frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=2.2, columnspacing=1.4,
+        [line for _, line in entries], ["x"] * len(entries), loc="lower left",
+        bbox_to_anchor=(0.012, 0.0), ncols=_legend_columns(entries), frameon=False,
+        fontsize=8.5, labelcolor=_INK, handlelength=2.2, columnspacing=1.4,
     )  # fmt: skip
-    for text in legend.get_texts():
+    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
         text.set_parse_math(False)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    """Write beside the target first, so that a half-written picture never carries its name."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(descriptor)
-        try:
-            figure.savefig(temporary, format="png", dpi=140, facecolor=_PAPER)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(
-            "SAM-S303",
-            f"{path} cannot be written: {error.strerror or error}",
-            "Check the free space and the rights of the run folder.",
-        ) from error
-    return path
+        text.set_text(name)

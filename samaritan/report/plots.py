@@ -27,6 +27,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from samaritan.report import facts, units
 
@@ -173,9 +174,7 @@ def _extremes(summary: Json) -> list[str]:
 
 def dice_curves(summary: Json) -> Plot | None:
     """Validation Dice over the rounds, per site and as the mean of the run."""
-    site_points = {
-        site: facts.series(summary, site, "dice") for site in facts.site_names(summary)
-    }
+    site_points = {site: facts.series(summary, site, "dice") for site in facts.site_names(summary)}
     mean_points = facts.mean_series(summary)
     values = [*mean_points[1], *(value for _, ys in site_points.values() for value in ys)]
     if not values:
@@ -310,11 +309,11 @@ def _draw_row(axes: Any, position: int, row: Row, *, points: bool) -> None:
     if points:
         axes.plot(
             row.values, position + _jitter(len(row.values)), linestyle="", marker=row.marker,
-            color=row.colour, markersize=3.2, alpha=0.7, markeredgewidth=0, zorder=3,
+            color=row.colour, markersize=3.8, alpha=0.7, markeredgewidth=0, zorder=3,
         )  # fmt: skip
 
 
-def _jitter(number: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _jitter(number: int) -> NDArray[np.floating[Any]]:
     """Small vertical offsets, the same in every drawing, that keep points apart."""
     golden = (math.sqrt(5) - 1) / 2
     return ((np.arange(number) * golden) % 1.0 - 0.5) * 0.34
@@ -347,6 +346,7 @@ def method_dots(summary: Json) -> Plot | None:
         axes.axvline(values[0], color=SERIES[0], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.set_xlim(*_dice_limits(values))
         axes.set_xlabel("Mean validation Dice (3-D)")
+        axes.set_title("By method")
         _name_rows(axes, [method.name for method in methods])
         return _finish(figure, "methods", "Mean Dice by method")
 
@@ -375,6 +375,7 @@ def gain_by_site(summary: Json) -> Plot | None:
         )  # fmt: skip
         axes.set_xlim(*_dice_limits([*federated.values(), *alone.values()]))
         axes.set_xlabel("Mean validation Dice (3-D)")
+        axes.set_title("By site: alone (open), federated (filled)")
         _name_rows(axes, sites)
         return _finish(figure, "gain", "Dice per site, alone and federated")
 

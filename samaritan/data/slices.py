@@ -1,0 +1,250 @@
+"""Cases prepared for the model, a bounded cache of them, and batches of slices.
+
+Legend: S slices, K context slices given as channels, h w plane on the model grid, H W model input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from samaritan.config import DataConfig
+from samaritan.data.datasets import Case
+from samaritan.data.transforms import SliceGrid, normalise_intensity, slice_grid, to_stack
+from samaritan.data.volume import NativeGrid, read_image, read_label
+from samaritan.errors import DataError
+
+_BYTES_PER_PIXEL = 3  # float16 image and uint8 label
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One case on the model grid.
+
+    Attributes:
+        case: Where it comes from.
+        image: (S, h, w) float16, 0 to 1.
+        label: (S, h, w) uint8 class index, 0 background; None where the case has no label.
+        foreground: Indices of slices that hold a structure.
+        grid: The way back to the canonical volume.
+        native: The way back to the file's own grid.
+    """
+
+    case: Case
+    image: Tensor
+    label: Tensor | None
+    foreground: Tensor
+    grid: SliceGrid
+    native: NativeGrid
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held by the tensors."""
+        return self.image.numel() * _BYTES_PER_PIXEL
+
+
+def prepare_case(
+    case: Case, data: DataConfig, classes: Mapping[str, int], image_size: int
+) -> PreparedCase:
+    """Reads a case and puts it on the model grid.
+
+    Raises:
+        DataError: When the image or label cannot be used, or a label value belongs to no class.
+    """
+    volume = read_image(case.image, case.case_id)
+    grid = slice_grid(
+        volume.array.shape, volume.spacing_mm, data.slice_axis, data.pixel_mm, image_size
+    )
+    image = to_stack(normalise_intensity(volume.array), grid, "image").half()
+    label, foreground = None, torch.zeros(0, dtype=torch.long)
+    if case.label is not None:
+        values = read_label(case.label, case.case_id, volume.native).array
+        indices = class_indices(values, classes, case.case_id)
+        label = to_stack(indices, grid, "label")
+        foreground = label.flatten(1).any(1).nonzero().flatten()
+    return PreparedCase(case, image, label, foreground, grid, volume.native)
+
+
+def class_indices(
+    values: np.ndarray, classes: Mapping[str, int], case_id: str
+) -> np.ndarray:  # fmt: skip
+    """Label values to class indices 1, 2, ... in the order of `classes`; 0 stays background.
+
+    Raises:
+        DataError: For a value that belongs to no class.
+    """
+    table = {0: 0} | {value: index for index, value in enumerate(classes.values(), 1)}
+    found = np.unique(values).tolist()
+    unknown = [value for value in found if value not in table]
+    if unknown:
+        raise DataError(
+            "SAM-D110",
+            f"case {case_id}: the label holds {unknown[:5]}, the classes are {dict(classes)}",
+            "Name every structure in data.classes, or clear the values that are none.",
+        )
+    lookup = np.zeros(max(table) + 1, dtype=np.uint8)
+    lookup[list(table)] = list(table.values())
+    indices: np.ndarray = lookup[values]
+    return indices
+
+
+class CaseCache:
+    """Prepared cases, read when first needed, the longest unused dropped beyond a byte budget."""
+
+    def __init__(self, data: DataConfig, classes: Mapping[str, int], image_size: int) -> None:
+        self.data, self.classes, self.image_size = data, dict(classes), image_size
+        self.budget_bytes = data.cache_mb * 2**20
+        self._held: OrderedDict[str, PreparedCase] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, case: Case) -> PreparedCase:
+        """The prepared case, from memory if it is still there."""
+        key = str(case.image)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        prepared = prepare_case(case, self.data, self.classes, self.image_size)
+        self._held[key] = prepared
+        self._bytes += prepared.size_bytes
+        while self._bytes > self.budget_bytes and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1].size_bytes
+        return prepared
+
+    def group_size(self, cases: Sequence[Case]) -> int:
+        """How many of these cases fit in memory together, judged by the first."""
+        if not cases:
+            return 1
+        return max(1, self.budget_bytes // (2 * self.get(cases[0]).size_bytes))
+
+
+def draw_order(cases: int, draws: int, group: int, generator: torch.Generator) -> list[int]:
+    """Which case each drawn slice comes from.
+
+    Every case is drawn equally often, in shuffled passes over groups that fit in memory, so that
+    a data set larger than the cache is read once per round and not once per slice.
+    """
+    order = torch.randperm(cases, generator=generator).tolist()
+    passes = math.ceil(draws / cases)
+    sequence: list[int] = []
+    for start in range(0, cases, group):
+        members = order[start : start + group]
+        for _ in range(passes):
+            shuffled = torch.randperm(len(members), generator=generator).tolist()
+            sequence += [members[i] for i in shuffled]
+    if len(sequence) > draws:
+        kept = torch.randperm(len(sequence), generator=generator)[:draws].sort().values
+        sequence = [sequence[i] for i in kept.tolist()]
+    return sequence
+
+
+def batches(
+    cache: CaseCache,
+    cases: Sequence[Case],
+    *,
+    slices_per_case: float,
+    batch_size: int,
+    foreground_fraction: float,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for one round of local training.
+
+    Args:
+        cache: Reads and holds the cases.
+        cases: Labelled training cases of a site.
+        slices_per_case: Slices drawn per case on average.
+        batch_size: Slices per batch; a last incomplete batch is filled up.
+        foreground_fraction: Share of slices that touch a structure.
+        generator: Decides everything random.
+
+    Yields:
+        Images (B, K, H, W) float32 and labels (B, H, W) int64.
+    """
+    steps = num_steps(len(cases), slices_per_case, batch_size)
+    sequence = draw_order(len(cases), steps * batch_size, cache.group_size(cases), generator)
+    for start in range(0, len(sequence), batch_size):
+        pairs = [
+            _draw_slice(cache.get(cases[i]), cache, foreground_fraction, generator)
+            for i in sequence[start : start + batch_size]
+        ]
+        yield torch.stack([p[0] for p in pairs]).float(), torch.stack([p[1] for p in pairs]).long()
+
+
+def num_steps(cases: int, slices_per_case: float, batch_size: int) -> int:
+    """Optimiser steps of one round at a site."""
+    return max(1, math.ceil(cases * slices_per_case / batch_size))
+
+
+def with_context(image: Tensor, slices: Tensor, context: int) -> Tensor:
+    """Slices with their neighbours as channels, edge slices repeated.
+
+    Args:
+        image: (S, h, w).
+        slices: (N,) indices.
+        context: Odd number K of slices.
+
+    Returns:
+        (N, K, h, w).
+    """
+    offsets = torch.arange(context) - context // 2
+    return image[(slices[:, None] + offsets).clamp(0, image.shape[0] - 1)]
+
+
+def _draw_slice(
+    prepared: PreparedCase,
+    cache: CaseCache,
+    foreground_fraction: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    label = prepared.label
+    if label is None:
+        raise DataError(
+            "SAM-D111", f"training case {prepared.case.case_id} has no label", "Add it."
+        )
+    among = torch.arange(label.shape[0])
+    if len(prepared.foreground) and _uniform(generator) < foreground_fraction:
+        among = prepared.foreground
+    index = among[_integer(len(among), generator)].reshape(1)
+    size = cache.image_size
+    image = _pad(with_context(prepared.image, index, cache.data.context_slices)[0], size)
+    plane = _pad(label[index], size)
+    if plane.shape[-2:] == (size, size):
+        return image, plane[0]
+    top, left = _window(plane[0], size, foreground_fraction, generator)
+    window = (..., slice(top, top + size), slice(left, left + size))
+    return image[window], plane[window][0]
+
+
+def _pad(planes: Tensor, size: int) -> Tensor:
+    """Pads the last two axes with zeros to at least the model input, content in the middle."""
+    h, w = planes.shape[-2:]
+    rows, columns = max(size - h, 0), max(size - w, 0)
+    return F.pad(planes, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def _window(
+    label: Tensor, size: int, foreground_fraction: float, generator: torch.Generator
+) -> tuple[int, int]:
+    """Top-left corner of a window, often around a labelled pixel."""
+    h, w = label.shape
+    marked = label.nonzero()
+    if len(marked) and _uniform(generator) < foreground_fraction:
+        row, column = marked[_integer(len(marked), generator)].tolist()
+        top = row - _integer(size, generator)
+        left = column - _integer(size, generator)
+        return min(max(top, 0), h - size), min(max(left, 0), w - size)
+    return _integer(h - size + 1, generator), _integer(w - size + 1, generator)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _integer(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))

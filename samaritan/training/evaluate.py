@@ -1,0 +1,158 @@
+"""From an adapter to label maps on the native grid, and to scores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samaritan.config import EvaluationConfig
+from samaritan.data.datasets import Case
+from samaritan.data.slices import CaseCache, PreparedCase, class_indices, with_context
+from samaritan.data.transforms import from_stack
+from samaritan.data.volume import read_label
+from samaritan.errors import DataError
+from samaritan.models.segmenter import Segmenter
+from samaritan.training.augment import BODY_AXES, mirror_dims
+from samaritan.training.metrics import Scores, case_mean, mean, score_case
+
+_SLICES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """Scores of one case, by class."""
+
+    case: Case
+    scores: dict[str, Scores]
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over the classes that are defined; NaN when none is."""
+        return case_mean(self.scores, "dice")
+
+
+@torch.no_grad()
+def predict_indices(
+    segmenter: Segmenter, prepared: PreparedCase, cache: CaseCache, settings: EvaluationConfig
+) -> NDArray[np.uint8]:
+    """Segments one case.
+
+    Args:
+        segmenter: The adapted model.
+        prepared: The case on the model grid.
+        cache: Knows the input size and the context.
+        settings: Windows and test-time mirroring.
+
+    Returns:
+        (X, Y, Z) uint8 class indices on the canonical grid of the volume.
+    """
+    segmenter.eval()
+    grid = prepared.grid
+    views = [0] + [mirror_dims(BODY_AXES[name], grid.axis) for name in settings.flip]
+    parts = []
+    for start in range(0, grid.slices, _SLICES_AT_ONCE):
+        index = torch.arange(start, min(start + _SLICES_AT_ONCE, grid.slices))
+        images = with_context(prepared.image, index, cache.data.context_slices).float()
+        scores = _probabilities(segmenter, images, views, cache.image_size, settings)
+        shape = list(grid.shape)
+        shape[grid.axis] = len(index)
+        chunk = replace(grid, shape=(shape[0], shape[1], shape[2]))
+        parts.append(from_stack(scores.transpose(0, 1), chunk).argmax(0).to(torch.uint8))
+    return torch.cat(parts, grid.axis).numpy()
+
+
+def _probabilities(
+    segmenter: Segmenter,
+    images: Tensor,
+    views: Sequence[int],
+    size: int,
+    settings: EvaluationConfig,
+) -> Tensor:
+    """(N, K, h, w) slices of any size -> (N, C, h, w) probabilities, mirrored views averaged."""
+    run = functools.partial(
+        sliding_window_inference,
+        roi_size=(size, size),
+        sw_batch_size=_SLICES_AT_ONCE,
+        predictor=lambda x: segmenter(x).softmax(1),
+        overlap=settings.window_overlap,
+        mode="gaussian",
+        sw_device=segmenter.device,
+        device=torch.device("cpu"),
+    )
+    total: Tensor | None = None
+    for dim in views:
+        scores: Tensor = run(images.flip(dim) if dim else images)
+        if dim > 1:  # a mirrored context leaves the slice where it is
+            scores = scores.flip(dim)
+        total = scores if total is None else total + scores
+    if total is None:
+        raise ValueError("no view to predict")
+    return total / len(views)
+
+
+def evaluate_cases(
+    segmenter: Segmenter,
+    cache: CaseCache,
+    cases: Sequence[Case],
+    settings: EvaluationConfig,
+    *,
+    surfaces: bool = False,
+    on_case: Callable[[PreparedCase, NDArray[np.uint8], CaseScores], None] | None = None,
+) -> list[CaseScores]:
+    """Segments and scores cases in 3-D on their native voxels, against the untouched label.
+
+    The canonical and the stored grid hold the same voxels in another order, so that scores on one
+    are scores on the other.
+
+    Args:
+        segmenter: The adapted model.
+        cache: Reads and prepares cases.
+        cases: With labels.
+        settings: Windows, mirroring, tolerance.
+        surfaces: Also compute HD95 and NSD.
+        on_case: Told of every case with its prediction.
+
+    Raises:
+        DataError: When a case has no label.
+    """
+    results = []
+    for case in cases:
+        prepared = cache.get(case)
+        prediction = predict_indices(segmenter, prepared, cache, settings)
+        scores = score_case(
+            prediction,
+            true_indices(prepared, cache),
+            prepared.grid.spacing_mm,
+            list(cache.classes),
+            settings.nsd_tolerance_mm,
+            surfaces,
+        )
+        results.append(CaseScores(case, scores))
+        if on_case is not None:
+            on_case(prepared, prediction, results[-1])
+    return results
+
+
+def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
+    """(X, Y, Z) class indices of a case's label, on the canonical grid.
+
+    Raises:
+        DataError: When the case has no label.
+    """
+    case = prepared.case
+    if case.label is None:
+        raise DataError("SAM-D112", f"case {case.case_id} has no label to score against", "Add it.")
+    volume = read_label(case.label, case.case_id, prepared.native)
+    return class_indices(volume.array, cache.classes, case.case_id)
+
+
+def mean_dice(results: Sequence[CaseScores]) -> float | None:
+    """Mean over cases of the mean over classes; None when nothing is defined."""
+    return mean([r.dice for r in results])

@@ -1,0 +1,154 @@
+"""Local training: one round of AdamW on one site's cases."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from samaritan.config import TrainingConfig
+from samaritan.data.datasets import Case
+from samaritan.data.slices import CaseCache, batches, num_steps
+from samaritan.errors import TrainingError
+from samaritan.models.adapter import AdaptedModel
+from samaritan.training.augment import augment
+from samaritan.training.losses import SegmentationLoss
+
+StepCallback = Callable[[int, int, float], None]
+"""Called after each step with its number, the number of steps and the loss."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What one round of local training did.
+
+    Attributes:
+        loss: Mean over all steps.
+        steps: Optimiser steps taken.
+        seconds: Wall time.
+    """
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where a round lies in the whole training, for the learning rate.
+
+    Attributes:
+        start, stop: Shares of the whole training done before and after the round, 0 to 1.
+    """
+
+    start: float
+    stop: float
+
+
+def train_locally(
+    model: AdaptedModel,
+    cache: CaseCache,
+    cases: Sequence[Case],
+    settings: TrainingConfig,
+    *,
+    schedule: Schedule,
+    seed: int,
+    timeout_s: float = math.inf,
+    steps: int | None = None,
+    on_step: StepCallback | None = None,
+) -> TrainingResult:
+    """Trains the adapter that is on the model, in place.
+
+    The optimiser starts anew each round, since the adapter it would remember is not the one that
+    came back from the server; a short warm-up makes up for it.
+
+    Args:
+        model: Carries the adapter to start from, and afterwards the trained one.
+        cache: Reads and prepares cases.
+        cases: Labelled training cases.
+        settings: Batch size, learning rate, augmentation.
+        schedule: Position of this round in the cosine decay.
+        seed: Decides draws and augmentation; equal seeds give equal adapters.
+        timeout_s: Give up when a step ends later than this.
+        steps: Optimiser steps; by default as many as `slices_per_case` asks for.
+        on_step: Told of every step.
+
+    Raises:
+        TrainingError: When there are no cases, the loss is not finite, or time runs out.
+    """
+    if not cases:
+        raise TrainingError(
+            "SAM-T101", "there are no training cases", "Check the manifest's split."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    begun = time.monotonic()
+    total = steps or num_steps(len(cases), settings.slices_per_case, settings.batch_size)
+    optimiser = torch.optim.AdamW(
+        model.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    loss_of = SegmentationLoss(settings.dice_weight)
+    axis = cache.get(cases[0]).grid.axis
+    device = model.segmenter.device
+    losses: list[float] = []
+    model.segmenter.train()
+    feed = batches(
+        cache,
+        cases,
+        slices_per_case=total * settings.batch_size / len(cases),
+        batch_size=settings.batch_size,
+        foreground_fraction=settings.foreground_fraction,
+        generator=generator,
+    )
+    for step, (images, labels) in enumerate(feed, 1):
+        images, labels = augment(images, labels, axis, settings, generator)
+        rate = learning_rate(step, total, schedule, settings)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = loss_of(model.segmenter(images.to(device)), labels.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.trained.values(), settings.clip_norm)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(
+                "SAM-T102",
+                f"the loss is {losses[-1]} at step {step} of {total}",
+                "Lower training.learning_rate, or run `samaritan data check`.",
+            )
+        if time.monotonic() - begun > timeout_s and step < total:
+            raise TrainingError(
+                "SAM-T103",
+                f"the round's {timeout_s:.0f} s ran out after step {step} of {total}",
+                "Raise federation.round_timeout_s or lower training.slices_per_case.",
+            )
+        if on_step is not None:
+            on_step(step, total, losses[-1])
+    model.segmenter.eval()
+    return TrainingResult(sum(losses) / len(losses), len(losses), time.monotonic() - begun)
+
+
+def learning_rate(step: int, steps: int, schedule: Schedule, settings: TrainingConfig) -> float:
+    """Cosine decay over the whole training, with a linear warm-up at the start of each round.
+
+    Args:
+        step: 1 to `steps`, within the round.
+        steps: Optimiser steps of the round.
+        schedule: Position of the round.
+        settings: Peak rate, final share and warm-up.
+    """
+    done = schedule.start + (schedule.stop - schedule.start) * (step - 1) / steps
+    floor = settings.final_lr_fraction
+    share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    warmup = min(1.0, step / (settings.warmup_steps + 1))
+    return settings.learning_rate * share * warmup
+
+
+def round_seed(seed: int, server_round: int, site: str) -> int:
+    """A seed for one round at one site, independent of the order in which sites train."""
+    digest = hashlib.sha256(f"{seed}/{server_round}/{site}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

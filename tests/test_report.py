@@ -1,0 +1,677 @@
+"""The report: made-up run folders, from the usual to the hostile, and a real browser."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from samaritan.errors import StorageError
+from samaritan.report import facts, plots, units
+from samaritan.report.html import write_report
+from samaritan.report.overlay import draw_overlay
+
+HOSTILE = '<script>alert("x")</script> $\\frac{ "\' & --> ]]> javascript:alert(1)'
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+# ---- made-up run folders ---------------------------------------------------------------------
+
+
+def make_cases(sites, classes, count, seed=0):
+    """Count cases, dealt to the sites in turn; a class is now and then absent."""
+    generator = np.random.default_rng(seed)
+    cases = []
+    for index in range(count):
+        site = sites[index % len(sites)]
+        scores = {}
+        for name in classes:
+            dice = float(np.clip(generator.normal(0.87, 0.035), 0, 1))
+            absent = generator.random() < 0.02
+            scores[name] = {
+                "dice": None if absent else dice,
+                "hd95_mm": None if absent else float(6 * (1 - dice) + generator.random()),
+                "nsd": None if absent else min(1.0, dice + 0.08),
+            }
+        known = [entry["dice"] for entry in scores.values() if entry["dice"] is not None]
+        cases.append(
+            {
+                "case_id": f"hippocampus_{index:03d}",
+                "site": site,
+                "subject_id": f"s{index:03d}",
+                "scores": scores,
+                "dice_mean": float(np.mean(known)) if known else None,
+            }
+        )
+    return cases
+
+
+def make_summary(
+    sites=("A", "B", "C", "D"), classes=("anterior", "posterior"), rounds=12, cases=27
+):
+    """A summary as a finished simulation writes it, and its cases."""
+    generator = np.random.default_rng(1)
+    case_list = make_cases(sites, classes, cases)
+    per_site = {
+        site: facts.mean(facts.case_values(facts.cases_of(case_list, site))) for site in sites
+    }
+    ceilings = {site: (per_site[site] or 0.86) for site in sites}
+    entries = [
+        {
+            "round": 0,
+            "seconds": 8.1,
+            "dice_mean": 0.021,
+            "sites": {s: {"dice": 0.02} for s in sites},
+        }
+    ]
+    for number in range(1, rounds + 1):
+        answers = {
+            site: {
+                "train_loss": float(1.1 * np.exp(-number / 4) + 0.12 + generator.normal(0, 0.015)),
+                "dice": float(
+                    ceilings[site] * (1 - np.exp(-number / 2.2)) + generator.normal(0, 0.006)
+                ),
+                "bytes_up": 422_912 + 16 * index,
+                "bytes_down": 424_000,
+                "seconds": 6.5 + index,
+                "status": "ok",
+            }
+            for index, site in enumerate(sites)
+        }
+        dice = float(np.mean([answer["dice"] for answer in answers.values()]))
+        entries.append({"round": number, "seconds": 33.0, "dice_mean": dice, "sites": answers})
+    final_dice = facts.mean(facts.case_values(case_list))
+    summary = {
+        "samaritan": "0.1.0", "config_sha256": "9f" * 32, "seed": 0, "engine": "inprocess",
+        "base": {"name": "vit_b", "sha256": "ec" * 32, "parameters": 93_735_472, "note": "official checkpoint"},
+        "peft": {"preset": "flap-sam", "rank": 8, "trainable_parameters": 104_448},
+        "strategy": "svd",
+        "sites": {
+            site: {"train_cases": 40 + index, "val_cases": len(facts.cases_of(case_list, site)), "train_subjects": 40 + index}
+            for index, site in enumerate(sites)
+        },
+        "rounds": entries,
+        "final": {
+            "dice_mean": final_dice,
+            "dice_per_class": {name: facts.mean(facts.class_values(case_list, name)) for name in classes},
+            "hd95_mm_mean": facts.mean(facts.case_values(case_list, "hd95_mm")),
+            "nsd_mean": facts.mean(facts.case_values(case_list, "nsd")),
+            "dice_per_site": per_site,
+            "cases": cases, "excluded_cases": 0, "nsd_tolerance_mm": 1.0,
+        },
+        "baselines": {
+            "local_only": {
+                "dice_mean": final_dice - 0.041,
+                "dice_per_site": {s: d - 0.02 - 0.04 * generator.random() for s, d in per_site.items() if d},
+                "steps": 960, "seconds": 390.0,
+            },
+            "centralised": {"dice_mean": final_dice + 0.008, "steps": 960, "seconds": 377.0},
+            "unet": {"dice_mean": final_dice - 0.012, "parameters": 1_626_072, "note": "MONAI U-Net, same steps", "steps": 960, "seconds": 201.0},
+        },
+        "cost": {
+            "wall_seconds": 1512.4, "peak_rss_bytes": 3_410_000_000, "bytes_up": 20_300_000, "bytes_down": 20_352_000,
+            "frozen_base_copies": 1, "hardware": "2 × AMD EPYC, 8 GiB, no GPU", "overhead_seconds_per_round": 0.21,
+        },
+        "privacy": None,
+        "data": {
+            "name": "MSD Task04 Hippocampus", "classes": {"background": 0} | {c: i for i, c in enumerate(classes, 1)},
+            "pseudo_sites": True, "note": "One hospital’s data, split by person.",
+        },
+    }  # fmt: skip
+    return summary, case_list
+
+
+def make_volumes(seed=0):
+    """A head-like image (X, Y, Z) in RAS with two touching structures, and a shifted prediction."""
+    generator = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(np.arange(40), np.arange(52), np.arange(36), indexing="ij")
+    long_axis = ((x - 24) / 6) ** 2 + ((y - 26) / 15) ** 2 + ((z - 17) / 7) ** 2
+    label = np.where(long_axis < 1, np.where(y > 26, 1, 2), 0)
+    prediction = np.roll(label, (1, 1, 0), axis=(0, 1, 2))
+    image = 80 + 40 * (long_axis < 1) + 10 * np.sin(x / 3) + generator.normal(0, 8, x.shape)
+    return image, label, prediction
+
+
+def write_run(folder, summary, cases=None, overlays=False):
+    """Write the files of a run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        "rounds: 12\nseed: 0\npeft:\n  preset: flap-sam\n", encoding="utf-8"
+    )
+    if cases is not None:
+        (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    if overlays:
+        entries = []
+        for index, kind in enumerate(("worst", "median", "best")):
+            classes = {"anterior": 1, "posterior": 2}
+            draw_overlay(
+                folder / f"overlays/{kind}.png",
+                *make_volumes(index),
+                (1.0, 1.0, 1.0),
+                classes,
+                f"{kind} case",
+            )
+            entries.append(
+                {
+                    "file": f"overlays/{kind}.png",
+                    "title": f"{kind.capitalize()} case",
+                    "case_id": f"hippocampus_{index:03d}",
+                    "site": "A",
+                    "dice": 0.8 + index / 20,
+                }
+            )
+        (folder / "overlays.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def usual_run(tmp_path_factory):
+    return write_run(
+        tmp_path_factory.mktemp("runs") / "hippocampus-4x12", *make_summary(), overlays=True
+    )
+
+
+def without(summary, *keys):
+    """A copy without the entry at a path of keys."""
+    copied = copy.deepcopy(summary)
+    target = copied
+    for key in keys[:-1]:
+        target = target[key]
+    target.pop(keys[-1])
+    return copied
+
+
+# ---- reading a page --------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """The text, elements and attributes of a page."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "link", "input"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.chunks, self.open, self.faults = [], [], [], []
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.chunks).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.chunks.append(data)
+
+
+def assert_sound(html):
+    """The page is well formed, has unique ids, runs nothing and refers to nothing outside it."""
+    page = Page(html)
+    assert not page.faults
+    assert not page.open
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for tag, attrs in page.elements:
+        assert tag not in {"script", "iframe", "object", "embed", "link", "base", "form"}
+        for name, value in attrs.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in {"src", "href", "xlink:href", "srcset", "action", "data"}:
+                assert value.startswith(("data:image/png;base64,", "#")), (tag, name)
+                assert not value.startswith("#") or value[1:] in ids
+            if name in {"style", "clip-path", "fill", "stroke"}:
+                assert all(target in ids for target in re.findall(r"url\(#([^)]*)\)", value))
+                assert "url(" not in re.sub(r"url\(#[^)]*\)", "", value)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "nan" not in re.findall(r"[\w.]+", page.text.lower())
+    assert "None" not in page.text
+    for claim in ("compliant", "anonymous", "secure"):
+        allowed = (
+            page.text.lower()
+            .replace("no secure aggregation", "")
+            .replace("no differential privacy and no secure", "")
+        )
+        assert not re.search(rf"\b{claim}\b", allowed.replace("no secure aggregation", ""))
+    return page
+
+
+def report(folder, summary, cases=None, **options):
+    """Write a run folder and its report, check it and give back the page."""
+    path = write_report(write_run(folder, summary, cases, **options))
+    return assert_sound(path.read_text(encoding="utf-8"))
+
+
+# ---- the usual report ------------------------------------------------------------------------
+
+
+def test_states_the_result_and_every_part(usual_run):
+    page = assert_sound(write_report(usual_run).read_text(encoding="utf-8"))
+    summary = json.loads((usual_run / "summary.json").read_text())
+    dice = summary["final"]["dice_mean"]
+    assert (
+        f"Four pseudo-sites trained one adapter for 12 rounds: mean 3-D Dice {dice:.2f} over 27 validation volumes."
+        in page.text
+    )
+    assert (
+        "0.041 above sites training alone, 0.008 below centralised training and 0.012 above the U-Net"
+        in page.text
+    )
+    for heading in ("Learning curves", "Final scores", "Comparison with the baselines", "Examples",
+                    "Traffic", "Faults", "Settings and environment", "Privacy", "How the scores are counted"):  # fmt: skip
+        assert heading in page.text
+    assert f"{dice:.3f}" in page.text
+    assert "104 448" in page.text
+    assert "0.11 % of the base" in page.text
+    assert "Every site answered in every round." in page.text
+    assert "used no differential privacy and no secure aggregation" in page.text
+    assert "The sites are pseudo-sites" in page.text
+    assert "preset: flap-sam" in page.text
+    assert sum(tag == "svg" and attrs.get("role") == "img" for tag, attrs in page.elements) == 7
+    assert sum(tag == "img" for tag, _ in page.elements) == 3
+
+
+def test_is_the_same_page_for_the_same_run(usual_run):
+    first = write_report(usual_run).read_bytes()
+    assert write_report(usual_run).read_bytes() == first
+
+
+def test_leaves_no_temporary_file(usual_run):
+    write_report(usual_run)
+    assert not list(usual_run.glob(".*"))
+
+
+def test_says_that_the_tiny_base_is_no_foundation_model(tmp_path):
+    summary, cases = make_summary()
+    summary["base"] = {"name": "tiny", "sha256": "00", "parameters": 120_000}
+    assert "randomly initialised miniature" in report(tmp_path / "tiny", summary, cases).text
+
+
+# ---- what may be missing or odd --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("baselines",), ("cost",), ("data",), ("final",), ("sites",), ("rounds",), ("peft",), ("base",),
+     ("final", "hd95_mm_mean"), ("final", "dice_per_site"), ("final", "dice_per_class"), ("baselines", "local_only"),
+     ("baselines", "unet"), ("cost", "peak_rss_bytes"), ("seed",), ("strategy",), ("engine",), ("privacy",)],
+    ids=".".join,
+)  # fmt: skip
+def test_stands_a_missing_entry(tmp_path, keys):
+    summary, cases = make_summary(rounds=2, cases=8)
+    report(tmp_path / "run", without(summary, *keys), cases)
+
+
+@pytest.mark.parametrize(
+    "key", ["baselines", "cost", "data", "final", "sites", "rounds", "peft", "base"]
+)
+@pytest.mark.parametrize("value", [None, [], "text", 3, {}])
+def test_stands_an_entry_of_the_wrong_kind(tmp_path, key, value):
+    summary, cases = make_summary(rounds=2, cases=8)
+    report(tmp_path / "run", summary | {key: value}, cases)
+
+
+def test_stands_an_empty_summary(tmp_path):
+    page = report(tmp_path / "run", {})
+    assert "No sites took part; no round of training is recorded." in page.text
+
+
+def test_without_baselines_cases_or_overlays_says_so(tmp_path):
+    summary, _ = make_summary()
+    page = report(tmp_path / "run", summary | {"baselines": None})
+    assert "No baseline was trained" in page.text
+    assert "no scores of single cases" in page.text
+    assert "no pictures of cases" in page.text
+
+
+def test_one_site_one_round(tmp_path):
+    summary, cases = make_summary(sites=("Solo",), rounds=1, cases=3)
+    summary["data"]["pseudo_sites"] = False
+    page = report(tmp_path / "run", summary, cases)
+    assert "One site trained one adapter for 1 round: mean 3-D Dice" in page.text
+    assert "All sites" not in page.text
+
+
+def test_without_any_dice(tmp_path):
+    summary, cases = make_summary(cases=8)
+    for entry in summary["rounds"]:
+        entry["dice_mean"] = None
+        for answer in entry["sites"].values():
+            answer["dice"] = None
+    summary["final"] = {
+        "dice_mean": None,
+        "dice_per_class": {"anterior": None},
+        "dice_per_site": {"A": None},
+        "cases": 0,
+    }
+    for case in cases:
+        case["dice_mean"] = None
+        case["scores"] = {
+            name: {"dice": None, "hd95_mm": None, "nsd": None} for name in case["scores"]
+        }
+    page = report(tmp_path / "run", summary, cases)
+    assert "no validation case could be scored" in page.text
+    assert "No Dice was recorded by round." in page.text
+
+
+def test_rounds_that_were_not_evaluated_leave_a_line(tmp_path):
+    summary, _ = make_summary(rounds=6)
+    for entry in summary["rounds"][1::2]:
+        entry["dice_mean"] = None
+    assert facts.mean_series(summary)[0] == [0, 2, 4, 6]
+    report(tmp_path / "run", summary)
+
+
+def test_many_sites(tmp_path):
+    sites = tuple(f"Hospital {index:02d}" for index in range(64))
+    page = report(tmp_path / "run", *make_summary(sites=sites, cases=256))
+    assert "64 pseudo-sites" in page.text
+    assert "the other 62 sites" in page.text
+    assert all(site in page.text for site in sites)
+
+
+def test_many_classes_and_many_cases(tmp_path):
+    classes = tuple(f"structure {index}" for index in range(41))
+    page = report(tmp_path / "run", *make_summary(classes=classes, cases=120))
+    assert "points are outliers" in page.text
+    assert "By class (all sites)" in page.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [HOSTILE, "Universitätsklinikum " * 12, "_hidden", "医院 🏥", "", "a\nb\tc", "x\x00\x1b[31m", "\ud800", "\u202egnp.exe", "\ufffe", "{{ 7*7 }}", "\\", "$x$"],
+    ids=ascii,
+)  # fmt: skip
+def test_untrusted_names_stay_text(tmp_path, name):
+    summary, cases = make_summary(
+        sites=(name, "B"), classes=(name, "posterior"), rounds=2, cases=12
+    )
+    for entry in summary["rounds"][1:]:
+        entry["sites"][name]["status"] = name
+    for case in cases:
+        case["case_id"] = name
+    summary["data"] |= {"name": name, "note": name}
+    for key in ("strategy", "config_sha256", "engine"):
+        summary[key] = name
+    summary["base"]["name"] = name
+    summary["peft"]["preset"] = name
+    summary["baselines"]["local_only"]["note"] = name
+    summary["baselines"][name] = {"dice_mean": 0.5, "note": name}
+    summary["privacy"] = {name: name}
+    summary["environment"] = {name: name}
+    page = report(tmp_path / "run", summary, cases)
+    if name in {HOSTILE, "{{ 7*7 }}", "$x$"}:
+        assert page.text.count(name) >= 8
+
+
+def test_untrusted_run_name_stays_text(tmp_path):
+    page = report(tmp_path / "<img src=x onerror=alert(1)>", *make_summary(rounds=1, cases=4))
+    assert "<img src=x onerror=alert(1)>" in page.text
+
+
+def test_numbers_that_are_not_finite_are_missing(tmp_path):
+    summary, cases = make_summary(rounds=3, cases=8)
+    summary["rounds"][2]["sites"]["A"]["train_loss"] = float("nan")
+    summary["final"]["hd95_mm_mean"] = float("inf")
+    cases[0]["scores"]["anterior"]["hd95_mm"] = float("inf")
+    report(tmp_path / "run", summary, cases)
+
+
+def test_lists_faults_by_site_with_their_rounds(tmp_path):
+    summary, cases = make_summary()
+    for number in (3, 4, 5, 9):
+        summary["rounds"][number]["sites"]["B"] = {"status": "failed: SAM-D104"}
+    del summary["rounds"][7]["sites"]["C"]
+    page = report(tmp_path / "run", summary, cases)
+    assert "failed: SAM-D104 4 3–5, 9" in page.text
+    assert "for 1 pair of site and round" in page.text
+    assert "answered in every round" not in page.text
+
+
+def test_shows_a_privacy_record(tmp_path):
+    summary, cases = make_summary(rounds=1, cases=4)
+    summary["privacy"] = {"A": {"epsilon": 7.94, "delta": 1e-05}, "unit": "patient"}
+    page = report(tmp_path / "run", summary, cases)
+    assert "A.epsilon 7.94" in page.text
+    assert "used no differential privacy" not in page.text
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def test_without_a_summary_is_an_error(tmp_path):
+    with pytest.raises(StorageError) as caught:
+        write_report(tmp_path)
+    assert caught.value.code == "SAM-S301"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+def test_a_broken_summary_is_an_error(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(StorageError) as caught:
+        write_report(tmp_path)
+    assert caught.value.code == "SAM-S302"
+
+
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path):
+    folder = write_run(tmp_path / "run", make_summary(rounds=1, cases=4)[0])
+    (folder / "report.html").mkdir()
+    with pytest.raises(StorageError) as caught:
+        write_report(folder)
+    assert caught.value.code == "SAM-S303"
+    assert not list(folder.glob(".*"))
+
+
+def test_broken_side_files_are_named_in_the_report(tmp_path):
+    folder = write_run(tmp_path / "run", make_summary(rounds=1, cases=4)[0])
+    (folder / "cases.json").write_text("{")
+    (folder / "overlays.json").write_text('{"a": 1}')
+    (folder / "config.yaml").write_bytes(b"\xff\xfe\xfa")
+    page = assert_sound(write_report(folder).read_text(encoding="utf-8"))
+    for name in ("cases.json", "overlays.json", "config.yaml"):
+        assert f"{name} could not be read" in page.text or f"{name} is not a list" in page.text
+
+
+def test_an_overlay_outside_the_folder_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run", make_summary(rounds=1, cases=4)[0])
+    secret = tmp_path / "secret.png"
+    draw_overlay(secret, *make_volumes(), (1, 1, 1), {"a": 1}, "x")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "not.png").write_text("<svg onload=alert(1)>")
+    files = ["../secret.png", str(secret), "link.png", "not.png", "missing.png", ".", "\x00"]
+    (folder / "overlays.json").write_text(json.dumps([{"file": file} for file in files]))
+    page = assert_sound(write_report(folder).read_text(encoding="utf-8"))
+    assert not any(tag == "img" for tag, _ in page.elements)
+    assert page.text.count("it is left out") == len(files)
+
+
+def test_pictures_are_found_without_their_list(tmp_path):
+    folder = write_run(tmp_path / "run", *make_summary(rounds=1, cases=4), overlays=True)
+    (folder / "overlays.json").unlink()
+    page = assert_sound(write_report(folder).read_text(encoding="utf-8"))
+    assert (
+        page.text.index("Worst case.")
+        < page.text.index("Median case.")
+        < page.text.index("Best case.")
+    )
+
+
+# ---- overlays --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["both", "label", "prediction", "neither"])
+def test_overlay_stands_empty_masks(tmp_path, fill):
+    image, label, prediction = make_volumes()
+    label = label if fill in {"both", "label"} else np.zeros_like(label)
+    prediction = prediction if fill in {"both", "prediction"} else np.zeros_like(label)
+    path = draw_overlay(
+        tmp_path / "a/b.png", image, label, prediction, (0.5, 1.0, 3.0), {"a": 1, "b": 2}, "t"
+    )
+    assert matplotlib.image.imread(path).shape[2] in {3, 4}
+
+
+def test_overlay_stands_odd_input(tmp_path):
+    image, label, prediction = make_volumes()
+    image[:5] = np.nan
+    classes = {"background": 0, HOSTILE: 1, "_b": 2} | {
+        f"class {index}" * 3: index for index in range(3, 41)
+    }
+    label[20:, 20, 10:30] = np.arange(20) + 3
+    draw_overlay(tmp_path / "a.png", image, label, prediction, (0.5, 1.0, 3.0), classes, HOSTILE)
+    draw_overlay(
+        tmp_path / "b.png", np.zeros((1, 1, 1)), *np.zeros((2, 1, 1, 1), int), (1, 1, 1), {}, ""
+    )
+
+
+def test_overlay_refuses_different_grids(tmp_path):
+    image, label, prediction = make_volumes()
+    with pytest.raises(StorageError, match="one \\(X, Y, Z\\) grid"):
+        draw_overlay(tmp_path / "a.png", image, label[1:], prediction, (1, 1, 1), {"a": 1}, "t")
+
+
+def test_overlay_puts_right_left_and_front_where_the_letters_say(tmp_path, monkeypatch):
+    """A bright voxel at the patient's right, front and top appears at the left, top and front."""
+    from samaritan.report import overlay
+
+    captured = {}
+    monkeypatch.setattr(
+        overlay, "_letters", lambda axes, plane: captured.update({plane.name: axes})
+    )
+    shape = (9, 9, 9)
+    image = np.zeros(shape)
+    for axis in range(3):
+        marker = [4, 4, 4]
+        marker[axis] = 8
+        image[tuple(marker)] = axis + 1.0
+    label = np.zeros(shape, int)
+    label[2:7, 2:7, 2:7] = 1
+    draw_overlay(tmp_path / "a.png", image, label, label, (1.0, 2.0, 3.0), {"a": 1}, "t")
+
+    def place(plane, value):
+        """Where the voxel of this value is drawn: fractions from the left and from the bottom."""
+        axes = captured[plane]
+        picture = axes.images[0]
+        row, column = np.argwhere(picture.get_array() == value)[0]
+        left, right, low, high = picture.get_extent()
+        rows, columns = picture.get_array().shape
+        point = (
+            left + (column + 0.5) * (right - left) / columns,
+            low + (row + 0.5) * (high - low) / rows,
+        )
+        return axes.transAxes.inverted().transform(axes.transData.transform(point))
+
+    assert place("Axial", 1.0)[0] < 0.2  # right of the patient: left of the picture
+    assert place("Axial", 2.0)[1] > 0.8  # front: top
+    assert place("Coronal", 1.0)[0] < 0.2
+    assert place("Coronal", 3.0)[1] > 0.8  # head: top
+    assert place("Sagittal", 2.0)[0] < 0.2  # front: left
+    assert place("Sagittal", 3.0)[1] > 0.8
+
+
+# ---- small parts -----------------------------------------------------------------------------
+
+
+def test_units():
+    assert units.size(None) == "–"
+    assert [units.size(value) for value in (0, 1023, 1024, 422_912, 5 << 30)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "413 KiB",
+        "5.0 GiB",
+    ]
+    assert [units.duration(value) for value in (0.21, 42.4, 192, 18_120)] == [
+        "0.2 s",
+        "42 s",
+        "3 min 12 s",
+        "5 h 02 min",
+    ]
+    assert [units.signed(value) for value in (0.0411, -0.008, 0.0001, -0.0001)] == [
+        "+0.041",
+        "−0.008",
+        "0.000",
+        "0.000",
+    ]
+    assert units.ranges([9, 3, 4, 5, 12]) == "3–5, 9, 12"
+    assert units.number_word(4) == "Four"
+    assert units.number_word(13) == "13"
+    assert units.shorten("abcdefghij", 7) == "abcd…ij"
+    assert units.percent(104_448, 93_735_472) == "0.11 %"
+
+
+def test_no_style_depends_on_colour_alone():
+    styles = plots.site_styles(make_summary(sites=tuple("ABCDEF"))[0])
+    assert len({style.marker for style in styles.values()}) == len(styles)
+
+
+# ---- a real browser --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium binary on PATH (apt-get install chromium)"
+)
+def test_opens_offline_in_chromium(usual_run, tmp_path):
+    path = write_report(usual_run)
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}",
+         "--enable-logging=stderr", "--dump-dom", path.resolve().as_uri()],
+        capture_output=True, text=True, timeout=120, check=True, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    page = assert_sound(done.stdout)
+    summary = json.loads((usual_run / "summary.json").read_text())
+    assert f"{summary['final']['dice_mean']:.3f}" in page.text
+    assert f"{summary['final']['hd95_mm_mean']:.2f} mm" in page.text
+    assert "104 448" in page.text
+    assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def main(folder: Path) -> None:
+    """Write the runs that the tests use, to look at: ``python -m tests.test_report FOLDER``."""
+    write_report(write_run(folder / "hippocampus-4x12", *make_summary(), overlays=True))
+    sites = tuple(f"Hospital {index:02d}" for index in range(64))
+    write_report(write_run(folder / "sixty-four", *make_summary(sites=sites, cases=256)))
+    classes = tuple(f"structure {index}" for index in range(41))
+    write_report(write_run(folder / "classes", *make_summary(classes=classes, cases=120)))
+    summary, cases = make_summary(
+        sites=(
+            HOSTILE,
+            "Universitätsklinikum Schleswig-Holstein, Campus Lübeck, Radiologie",
+            "医院",
+        ),
+        rounds=3,
+        cases=14,
+    )
+    for entry in summary["rounds"][2:]:
+        entry["sites"]["医院"] = {"status": "failed: SAM-D104"}
+    summary["base"]["name"] = "tiny"
+    write_report(write_run(folder / HOSTILE[:8], summary | {"baselines": None}, cases))
+    summary, cases = make_summary(sites=("Solo",), rounds=1, cases=3)
+    write_report(write_run(folder / "solo", summary, cases))
+    write_report(write_run(folder / "empty", {}))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(Path(sys.argv[1]))
