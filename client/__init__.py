@@ -1,0 +1,1 @@
+"""The hospital's side: a courier, and the agent behind it."""

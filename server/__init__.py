@@ -1,0 +1,1 @@
+"""The coordinating side: rounds, checkpoints, events."""

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from samaritan.data.volume import (
     NativeGrid,
@@ -148,11 +149,13 @@ def test_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
     refused("SAM-D104", read_image, path, "case17")
 
 
-def test_one_flipped_bit_fails_the_checksum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0.5, 1.0])
+def test_one_flipped_bit_fails_the_checksum(tmp_path: Path, place: float) -> None:
     noise = np.random.default_rng(0).normal(size=(12, 12, 12)).astype(np.float32)
-    path = save(tmp_path / "a.nii.gz", noise)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    path = save(tmp_path / "a.nii", noise)
+    # Stored without compression, so that nothing but the checksum can notice.
+    content = bytearray(gzip.compress(path.read_bytes(), compresslevel=0))
+    content[int((len(content) - 5) * place)] ^= 0x10
     path.write_bytes(bytes(content))
     refused("SAM-D104", read_image, path, "case17")
 
@@ -186,6 +189,11 @@ def test_affine_that_cannot_be_inverted(tmp_path: Path, row: tuple[float, ...]) 
     content[312:328] = np.asarray(row, "<f4").tobytes()  # srow_z
     path.write_bytes(bytes(content))
     refused("SAM-D107", read_image, path, "case17")
+
+
+def test_flipped_axes_of_length_one_still_fit_torch(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", np.ones((1, 4, 1), np.float32), affine_of("LPI"))
+    assert torch.from_numpy(read_image(path, "case17").array).shape == (1, 4, 1)
 
 
 # Reading labels.

@@ -65,7 +65,8 @@ def make_scanner(index: int, seed: int) -> Scanner:
 def write_phantoms(directory: Path, sites: int, cases_per_site: int, seed: int) -> Path:
     """Writes a data set of phantoms with a manifest.
 
-    Every fourth person comes twice, as happens in real data. A fifth of each site's people are held out for validation.
+    Every fourth person comes twice, as happens in real data. A fifth of each site's people are
+    held out for validation.
 
     Args:
         directory: Created; files of the same names are overwritten.

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from samaritan.config import Config, parse_config
 from samaritan.errors import ConfigError, ModelError
-from samaritan.models.bases import BuiltBase, build_base
+from samaritan.models.bases import BuiltBase, build_base, get_base
 from samaritan.models.lora import attach, official_name
-from samaritan.models.presets import Preset, get_preset
+from samaritan.models.presets import extend, get_preset
 from samaritan.models.segmenter import Segmenter, autocast_dtype
 
 AdapterState = dict[str, Tensor]
@@ -91,10 +91,8 @@ def build_adapted(
         config.model.checkpoint_sha256,
     )
     check_input(config, base)
-    extended = Preset(
-        preset.source, preset.lora + base.spec.extra_lora, preset.train + base.spec.extra_train
-    )
-    peft_model = attach(base.sam, extended, config.peft.rank, config.peft.alpha, config.seed)
+    method = extend(preset, base.spec.extra_lora, base.spec.extra_train)
+    peft_model = attach(base.sam, method, config.peft.rank, config.peft.alpha, config.seed)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segmenter = Segmenter(base.sam).to(device)
     segmenter.autocast_dtype = autocast_dtype(config.training.precision, device)
@@ -112,7 +110,7 @@ def check_input(config: Config, base: BuiltBase) -> None:
     Raises:
         ConfigError: Naming the key and the values that fit.
     """
-    size, patch = image_size(config, base), base.spec.patch
+    size, patch = image_size(config), base.spec.patch
     if size % patch:
         raise ConfigError(
             "SAM-C203",
@@ -128,9 +126,9 @@ def check_input(config: Config, base: BuiltBase) -> None:
         )
 
 
-def image_size(config: Config, base: BuiltBase) -> int:
+def image_size(config: Config) -> int:
     """Side of the model input in pixels."""
-    return config.model.image_size or base.spec.image_size
+    return config.model.image_size or get_base(config.model.base).image_size
 
 
 def require_like(

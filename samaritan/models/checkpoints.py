@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def read_state(path: Path, expected_sha256: str | None = None) -> dict[str, Tens
             "SAM-M203", f"checkpoint {path.name} holds no state dict", "Save `sam.state_dict()`."
         )
     return state
+
+
+def fitting_base(state: Mapping[str, Tensor]) -> str:
+    """Name of the official base with these shapes, by the width of its patch embedding.
+
+    Raises:
+        ModelError: When there is none.
+    """
+    embedding = state.get("image_encoder.patch_embed.proj.weight")
+    widths = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+    if embedding is None or embedding.shape[0] not in widths:
+        raise ModelError(
+            "SAM-M205",
+            "the file holds no SAM of a known size",
+            "vit_b, vit_l and vit_h are known, under their official names.",
+        )
+    return widths[embedding.shape[0]]
 
 
 def load_checkpoint(sam: Any, path: Path, expected_sha256: str | None = None) -> None:

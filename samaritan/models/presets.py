@@ -55,6 +55,11 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def extend(preset: Preset, lora: tuple[str, ...], train: tuple[str, ...]) -> Preset:
+    """A preset with what a base asks for besides."""
+    return Preset(preset.source, preset.lora + lora, preset.train + train)
+
+
 def matches(patterns: tuple[str, ...], name: str) -> bool:
     """Whether a parameter name starts with one of the expressions."""
     return any(re.match(pattern, name) for pattern in patterns)

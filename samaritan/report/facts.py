@@ -59,7 +59,7 @@ class Method:
         gain: Federated Dice minus this one; None for the federated run itself.
         per_site: Mean Dice by site, if known.
         steps: Optimiser steps, if known.
-        seconds: Training time, if known.
+        seconds: Time it took, if known.
         parameters: Trained parameters, if known.
         note: A remark of the run, or empty.
     """
@@ -345,8 +345,9 @@ def _baseline(key: str, entry: Json, federated: float | None) -> Method:
 
 
 def _training_seconds(summary: Json) -> float | None:
-    known = [number(entry, "seconds") for entry in training_rounds(summary)]
-    return sum(value for value in known if value is not None) if any(known) else None
+    found = (number(entry, "seconds") for entry in training_rounds(summary))
+    known = [value for value in found if value is not None]
+    return sum(known) if known else None
 
 
 def answers(summary: Json, site: str) -> tuple[int, int]:

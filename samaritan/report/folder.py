@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from samaritan.errors import StorageError
+from samaritan.report import facts
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _REPLACEMENT = "\ufffd"
@@ -192,13 +193,12 @@ def _read_overlay(run_dir: Path, entry: Json, problems: list[str]) -> Overlay | 
     if not png.startswith(PNG_SIGNATURE):
         problems.append(f"The overlay {file!r} is not a PNG inside the run folder; it is left out.")
         return None
-    dice = entry.get("dice")
     return Overlay(
         png=png,
         title=str(entry.get("title") or "Case"),
         case_id=str(entry.get("case_id") or ""),
         site=str(entry.get("site") or ""),
-        dice=float(dice) if isinstance(dice, int | float) else None,
+        dice=facts.number(entry, "dice"),
     )
 
 

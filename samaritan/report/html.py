@@ -17,7 +17,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from samaritan.errors import StorageError
 from samaritan.report import facts, plots, units
 from samaritan.report.folder import Overlay, RunFolder, read_run_folder, write_atomically
 
@@ -169,6 +168,7 @@ def _figure_context(summary: Json, cases: Sequence[Json]) -> Json:
         "many_sites": len(facts.site_names(summary)) > plots.MAX_NAMED_SITES,
         "max_rows": plots.MAX_ROWS if _is_cut(summary, cases) else 0,
         "box_minimum": plots.MIN_CASES_FOR_BOX,
+        "max_points": plots.MAX_POINTS,
         "crowded": len(cases) * max(1, len(facts.class_names(summary, cases))) > plots.MAX_POINTS,
     }
 
@@ -356,6 +356,3 @@ def _keep_whole(text: str) -> Markup:
 
 def _inline_plot(plot: plots.Plot) -> Markup:
     return Markup(plot.svg)  # noqa: S704  drawn by plots, which escapes every name
-
-
-__all__ = ["StorageError", "write_report"]

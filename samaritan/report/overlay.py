@@ -6,6 +6,7 @@ Legend: X to the patient's right, Y to the front, Z to the head (RAS), in voxels
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ COLOURS = ("#56b4e9", "#e69f00", "#2fd1a2", "#f0a0cf", "#f0e442", "#ff8a4c", "#8
 MAX_LEGEND_CLASSES = 10
 MIN_MARGIN_MM = 8.0
 RELATIVE_MARGIN = 0.5
+GREY_ROOM = 0.25
 
 _PAPER, _INK, _QUIET = "#0d0f11", "#f2f2ee", "#a9adb2"
 _WIDTH_IN, _ABOVE_IN = 9.6, 0.55
@@ -95,11 +97,12 @@ def draw_overlay(
     _check(image, label, prediction, spacing_mm)
     foreground = {name: value for name, value in classes.items() if value != 0}
     centre = _centre(label, prediction, list(foreground.values()))
-    window = _window(label, prediction, centre, spacing_mm)
+    window = _window(label, prediction, spacing_mm)
+    grey = _grey_range(image, label, prediction)
     entries = _legend_entries(foreground, label, prediction)
     figure = _figure(window, spacing_mm, legend_rows=-(-len(entries) // _legend_columns(entries)))
     for axes, plane in zip(figure.axes, PLANES, strict=True):
-        _draw_plane(axes, plane, image, centre, window, spacing_mm)
+        _draw_plane(axes, plane, image, grey, centre, window, spacing_mm)
         for colour, value in zip(_cycle(len(foreground)), foreground.values(), strict=True):
             _contour(axes, plane, label == value, centre, spacing_mm, colour, "solid")
             _contour(axes, plane, prediction == value, centre, spacing_mm, colour, "dashed")
@@ -109,7 +112,10 @@ def draw_overlay(
     figure.suptitle(units.shorten(" ".join(title.split()), 90), color=_INK, fontsize=10.5, x=0.012,
                     ha="left", parse_math=False)  # fmt: skip
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, facecolor=_PAPER)
+    with warnings.catch_warnings():
+        # A script that Matplotlib's own font lacks shows as boxes; the page's caption has it right.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=140, facecolor=_PAPER)
     write_atomically(path, buffer.getvalue())
     return path
 
@@ -146,10 +152,7 @@ def _nearest(indices: Volume, target: float) -> int:
 
 
 def _window(
-    label: Volume,
-    prediction: Volume,
-    centre: tuple[int, int, int],
-    spacing_mm: Sequence[float],
+    label: Volume, prediction: Volume, spacing_mm: Sequence[float]
 ) -> list[tuple[int, int]]:
     """Per axis the first and last voxel to show: both structures with their surroundings."""
     voxels = np.argwhere((label != 0) | (prediction != 0))
@@ -163,6 +166,24 @@ def _window(
         margin = round(margin_mm / spacing_mm[axis])
         window.append((max(0, low - margin), min(size - 1, high + margin)))
     return window
+
+
+def _grey_range(image: Volume, label: Volume, prediction: Volume) -> tuple[float, float]:
+    """Intensities from black to white, chosen in the box around the structures with some room.
+
+    Air around a patient would otherwise take most of the range of a CT.
+    """
+    voxels = np.argwhere((label != 0) | (prediction != 0))
+    box = image
+    if len(voxels):
+        low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
+        box = image[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    finite = box[np.isfinite(box)].astype(np.float64)
+    if not finite.size:
+        return 0.0, 1.0
+    dark, bright = (float(value) for value in np.percentile(finite, (1, 99)))
+    room = GREY_ROOM * (bright - dark) if len(voxels) else 0.0
+    return dark - room, max(bright + room, dark + 1e-6)
 
 
 def _extent_mm(window: Sequence[tuple[int, int]], spacing_mm: Sequence[float], axis: int) -> float:
@@ -201,6 +222,7 @@ def _draw_plane(
     axes: Any,
     plane: Plane,
     image: Volume,
+    grey: tuple[float, float],
     centre: tuple[int, int, int],
     window: Sequence[tuple[int, int]],
     spacing_mm: Sequence[float],
@@ -208,11 +230,9 @@ def _draw_plane(
     flat = _slice(image, plane, centre).astype(np.float64)
     (left, right), (low, high) = window[plane.across], window[plane.upward]
     shown = flat[low : high + 1, left : right + 1]
-    finite = shown[np.isfinite(shown)]
-    dark, bright = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 1.0)
     dx, dy = spacing_mm[plane.across], spacing_mm[plane.upward]
     axes.imshow(
-        shown, cmap="gray", vmin=dark, vmax=max(bright, dark + 1e-6), origin="lower",
+        shown, cmap="gray", vmin=grey[0], vmax=grey[1], origin="lower",
         interpolation="nearest", aspect="equal",
         extent=((left - 0.5) * dx, (right + 0.5) * dx, (low - 0.5) * dy, (high + 0.5) * dy),
     )  # fmt: skip
@@ -241,8 +261,8 @@ def _contour(
         linewidths=1.1 if dashed else 1.7,
         linestyles=[_DASHES if dashed else "solid"],
     )  # fmt: skip
-    if not dashed:
-        drawn.set_path_effects([patheffects.withStroke(linewidth=2.7, foreground="#00000088")])
+    outline = patheffects.withStroke(linewidth=2.1 if dashed else 2.7, foreground="#00000088")
+    drawn.set_path_effects([outline])
 
 
 def _lighter(colour: str) -> tuple[float, ...]:

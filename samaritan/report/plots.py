@@ -394,6 +394,7 @@ def traffic_bars(summary: Json) -> Plot | None:
         for direction, sign in ((up, 1.0), (down, -1.0)):
             _stack(axes, numbers, direction, sign / divisor, site_styles(summary))
         axes.axhline(0, color=INK, linewidth=0.9)
+        axes.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
         axes.set_ylabel(f"{unit} per round")
         _round_axis(axes)
@@ -420,10 +421,11 @@ def _stack(
         if len(by_site) <= MAX_NAMED_SITES
         else {"all": (MUTED, _column_totals(by_site))}
     )
+    width = 0.72 * min(1.0, len(rounds) / 6)
     bottom = np.zeros(len(rounds))
     for colour, values in stacks.values():
         heights = np.asarray(values) * scale
-        axes.bar(rounds, heights, bottom=bottom, width=0.72, color=colour, edgecolor=PAPER,
+        axes.bar(rounds, heights, bottom=bottom, width=width, color=colour, edgecolor=PAPER,
                  linewidth=0.5)  # fmt: skip
         bottom = bottom + heights
 

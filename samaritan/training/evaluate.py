@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,6 +151,12 @@ def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
         raise DataError("SAM-D112", f"case {case.case_id} has no label to score against", "Add it.")
     volume = read_label(case.label, case.case_id, prepared.native)
     return class_indices(volume.array, cache.classes, case.case_id)
+
+
+def label_values(indices: NDArray[np.uint8], classes: Mapping[str, int]) -> NDArray[np.uint16]:
+    """Class indices back to the label values of the dataset."""
+    values: NDArray[np.uint16] = np.array([0, *classes.values()], dtype=np.uint16)[indices]
+    return values
 
 
 def mean_dice(results: Sequence[CaseScores]) -> float | None:

@@ -1,0 +1,64 @@
+"""The command `samaritan`. Heavy imports happen inside commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import typer
+
+from samaritan import __version__
+from samaritan.cli import data, doctor, evaluate, models, predict, simulate
+from samaritan.cli.console import fail
+from samaritan.errors import SamaritanError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Hospitals fine-tune the Segment Anything Model together without sharing an image.",
+)
+app.command()(simulate.simulate)
+app.command()(evaluate.evaluate)
+app.command()(predict.predict)
+app.command()(doctor.doctor)
+app.add_typer(data.app, name="data", help="Check and describe data folders.")
+app.add_typer(models.app, name="models", help="Base models and what is trained on them.")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line; every failure is one message on stderr and exit status 1."""
+    # Flower and Samaritan's site log would otherwise print tracebacks of faults told below.
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    logging.getLogger("samaritan").addHandler(logging.NullHandler())
+    try:
+        app()
+    except SamaritanError as error:
+        _debug_raise(error)
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("SAM-S900  interrupted\n  hint: finished rounds are kept; go on with --resume.")
+    except Exception as error:
+        _debug_raise(error)
+        fail(
+            f"SAM-X999  {type(error).__name__}: {error}\n"
+            "  hint: this is a fault in Samaritan; SAMARITAN_DEBUG=1 shows where it happened."
+        )
+
+
+def _debug_raise(error: Exception) -> None:
+    if os.environ.get("SAMARITAN_DEBUG"):
+        raise error
+
+
+if __name__ == "__main__":
+    main()

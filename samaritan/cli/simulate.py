@@ -1,0 +1,101 @@
+"""`samaritan simulate`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samaritan.cli.console import Progress, print_json
+
+
+class Engine(StrEnum):
+    """How sites run on one machine."""
+
+    inprocess = "inprocess"
+    ray = "ray"
+
+
+def simulate(
+    config: Annotated[Path, typer.Argument(help="YAML configuration; see configs/.")],
+    data: Annotated[Path | None, typer.Option(help="Data folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME-TIME by default.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: --set rounds=3")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="inprocess, or ray for many GPUs.")] = (
+        Engine.inprocess
+    ),
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train local-only, pooled and U-Net models.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out after its last round.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from samaritan.config import load_config
+    from samaritan.errors import ConfigError
+    from simulation.run import Watch
+    from simulation.run import simulate as run
+
+    settings = load_config(config, overrides or [])
+    if resume and out is None:
+        raise ConfigError("SAM-C305", "--resume needs --out", "Name the run folder to go on with.")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = out or Path("runs") / f"{settings.name}-{stamp}"
+    progress = Progress()
+    try:
+        watch = Watch(
+            note=progress.line,
+            case_checked=lambda n, of, case: progress.update(f"checking case {n} of {of}: {case}"),
+            step=lambda site, n, of, loss: progress.update(
+                f"{site}: step {n} of {of}, loss {loss:.3f}"
+            ),
+            round_done=lambda entry: progress.line(_round_line(entry, settings.rounds)),
+        )
+        summary = run(
+            settings,
+            run_dir,
+            data_dir=data,
+            engine=engine.value,
+            baselines=baselines,
+            resume=resume,
+            watch=watch,
+        )
+    finally:
+        progress.stop()
+    if as_json:
+        print_json(summary)
+        return
+    typer.echo(_result_line(summary))
+    typer.echo(f"report: {run_dir / 'report.html'}")
+
+
+def _round_line(entry: dict[str, Any], rounds: int) -> str:
+    dice = "not scored" if entry["dice_mean"] is None else f"Dice {entry['dice_mean']:.4f}"
+    faults = {k: s["status"] for k, s in entry["sites"].items() if s["status"] != "ok"}
+    losses = [s["train_loss"] for s in entry["sites"].values() if s["train_loss"] is not None]
+    line = (
+        f"round {entry['round']}/{rounds}: {dice}, loss {sum(losses) / len(losses):.3f}, "
+        f"{entry['seconds']:.1f} s"
+    )
+    return line + "".join(f"\n  {site}: {status}" for site, status in faults.items())
+
+
+def _result_line(summary: dict[str, Any]) -> str:
+    final = summary["final"]
+    if final["dice_mean"] is None:
+        return "no structure occurs in any validation case"
+    line = (
+        f"Dice {final['dice_mean']:.4f}, HD95 {final['hd95_mm_mean']:.2f} mm, "
+        f"NSD {final['nsd_mean']:.4f} over {final['cases']} validation cases"
+    )
+    for name, entry in (summary["baselines"] or {}).items():
+        if isinstance(entry, dict) and entry["dice_mean"] is not None:
+            line += f"\n  {name}: Dice {entry['dice_mean']:.4f}"
+    return line

@@ -1,0 +1,124 @@
+"""Round checkpoints: one file per round, whole or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from samaritan.errors import StorageError
+from samaritan.models.adapter import AdapterState
+
+_NAME = re.compile(r"round_(\d{5})\.safetensors")
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after a round.
+
+    Attributes:
+        server_round: Number of rounds done.
+        adapter: The adapter after it.
+        history: The entries of summary.json's `rounds` so far.
+        config_sha256: Of the configuration that made it.
+    """
+
+    server_round: int
+    adapter: AdapterState
+    history: list[dict[str, Any]]
+    config_sha256: str
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint so that a crash leaves the old files or the new one, never a part.
+
+    Raises:
+        StorageError: When the disk is full or not writable; nothing partial is left behind.
+    """
+    path = directory / f"round_{checkpoint.server_round:05d}.safetensors"
+    state = {"history": checkpoint.history, "config_sha256": checkpoint.config_sha256}
+    tensors = {name: value.contiguous() for name, value in checkpoint.adapter.items()}
+    text = json.dumps(state)
+    metadata = {"format": _FORMAT, "state": text, "sha256": _digest(tensors, text)}
+    write_atomically(path, save(tensors, metadata))
+    return path
+
+
+def latest_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are passed over for the one before.
+
+    Raises:
+        StorageError: When there are checkpoints and every one is damaged.
+    """
+    found = sorted((p for p in directory.glob("*") if _NAME.fullmatch(p.name)), reverse=True)
+    for path in found:
+        try:
+            return _read(path)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+    if found:
+        raise StorageError(
+            "SAM-S103",
+            f"none of the {len(found)} checkpoints in {directory} is whole",
+            "Start the run anew in another folder.",
+        )
+    return None
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Writes a file through a temporary one in the same folder, synced, then renamed.
+
+    Raises:
+        StorageError: When the system refuses; the temporary file is removed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(
+            "SAM-S101",
+            f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
+            "Free space or mend the permissions, then continue with --resume.",
+        ) from error
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("format") != _FORMAT or metadata["sha256"] != _digest(
+        tensors, metadata["state"]
+    ):
+        raise ValueError("damaged")
+    state = json.loads(metadata["state"])
+    number = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
+    return Checkpoint(number, tensors, state["history"], state["config_sha256"])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""The two ways to run the same ServerApp and ClientApp on one machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from client.agent import SiteAgent
+from client.app import make_client_app
+from samaritan.config import Config, load_config
+from samaritan.errors import ConfigError, FederationError
+from samaritan.models.adapter import build_adapted
+from server.app import make_server_app
+from server.checkpoints import Checkpoint
+from server.rounds import Federation
+from simulation.grid import InProcessGrid, partition_id
+from simulation.study import read_study
+
+
+def run_in_process(federation: Federation, agents: list[SiteAgent]) -> Checkpoint:
+    """All sites in this process, one after the other, on one model.
+
+    Raises:
+        SamaritanError: As `run_rounds`.
+    """
+    finished: list[Checkpoint] = []
+    grid = InProcessGrid(
+        make_client_app(lambda context: agents[partition_id(context)]), len(agents)
+    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    make_server_app(federation, finished.append)(grid, context)
+    return finished[0]
+
+
+def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -> Checkpoint:
+    """Flower's own simulation engine: each site in a Ray worker, GPUs shared out if there are any.
+
+    Every worker builds its own model, so memory grows with the number of workers.
+
+    Raises:
+        ConfigError: When the extra is not installed.
+        SamaritanError: As `run_rounds`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        from flwr.simulation import run_simulation
+    except ImportError as error:
+        raise ConfigError(
+            "SAM-C301",
+            "--engine ray needs Flower's simulation extra, which is not installed",
+            "pip install 'samaritan[ray]', or use --engine inprocess.",
+        ) from error
+    import torch
+
+    finished: list[Checkpoint] = []
+    faults: list[Exception] = []
+
+    # Flower swallows what a ServerApp raises in a simulation; it is brought out by hand.
+    app = make_server_app(federation, finished.append, faults.append)
+    gpus = torch.cuda.device_count() / max(len(federation.sites), 1)
+    try:
+        run_simulation(
+            app,
+            make_client_app(
+                functools.partial(_worker_agent, str(federation.run_dir), str(data_dir))
+            ),
+            num_supernodes=len(federation.sites),
+            backend_config={
+                "client_resources": {"num_cpus": cpus_per_site, "num_gpus": min(1.0, gpus)}
+            },
+        )
+    except Exception:
+        if not faults:
+            raise
+    finally:
+        ray.shutdown()
+    if faults:
+        raise faults[0]
+    if not finished:
+        raise FederationError(
+            "SAM-F104", "Flower's simulation engine ended without a result", "See its log above."
+        )
+    return finished[0]
+
+
+def _worker_agent(run_dir: str, data_dir: str, context: Context) -> SiteAgent:
+    return _worker_agents(run_dir, data_dir)[partition_id(context)]
+
+
+@functools.cache
+def _worker_agents(run_dir: str, data_dir: str) -> list[SiteAgent]:
+    """The agents of a Ray worker; built once and kept between messages."""
+    config: Config = load_config(Path(run_dir) / "config.yaml")
+    study = read_study(config, Path(data_dir))
+    model = build_adapted(config, len(study.classes))
+    return [replace(agent, progress=None) for agent in study.agents(model, study.cache())]

@@ -1,0 +1,153 @@
+"""What a simulated federation works on: the cases of each pseudo-site, checked first.
+
+A study is made from the configuration and a folder alone, so that every process of an engine can
+make the same one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.agent import SiteAgent
+from samaritan.config import Config
+from samaritan.data.checks import check_dataset
+from samaritan.data.datasets import (
+    Case,
+    Dataset,
+    assign_splits,
+    by_site,
+    discover_classes,
+    read_dataset,
+    require_disjoint,
+)
+from samaritan.data.slices import CaseCache
+from samaritan.errors import DataError
+from samaritan.models.adapter import AdaptedModel, image_size
+
+TRAIN, VALIDATION = "train", "val"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The sites of a simulation and what they hold.
+
+    Attributes:
+        config: The run's configuration.
+        classes: Structure name -> label value.
+        sites: Cases by site, sites sorted by name.
+    """
+
+    config: Config
+    classes: dict[str, int]
+    sites: dict[str, tuple[Case, ...]]
+
+    def cases(self, split: str, site: str | None = None) -> tuple[Case, ...]:
+        """Cases of one split, at one site or at all."""
+        chosen = self.sites if site is None else {site: self.sites[site]}
+        return tuple(c for cases in chosen.values() for c in cases if c.split == split)
+
+    def cache(self) -> CaseCache:
+        """A cache for the study's cases."""
+        return CaseCache(self.config.data, self.classes, image_size(self.config))
+
+    def agents(
+        self,
+        model: AdaptedModel,
+        cache: CaseCache,
+        progress: Callable[[str, int, int, float], None] | None = None,
+    ) -> list[SiteAgent]:
+        """One agent per site, all on one model and one cache."""
+        return [
+            SiteAgent(
+                site,
+                self.config,
+                model,
+                cache,
+                self.cases(TRAIN, site),
+                self.cases(VALIDATION, site),
+                progress,
+            )
+            for site in self.sites
+        ]
+
+
+def read_study(config: Config, data_dir: Path) -> Study:
+    """Reads a data folder as the sites of a simulation.
+
+    Args:
+        config: Says how to split and which structures to learn.
+        data_dir: A folder `read_dataset` knows.
+
+    Raises:
+        DataError: When the folder, its splits or its sites cannot be used.
+    """
+    dataset = assign_splits(read_dataset(data_dir), config.data.val_fraction, config.seed)
+    if config.data.partition == "uniform":
+        dataset = deal_out(dataset, config.data.sites, config.seed)
+    require_disjoint(dataset)
+    sites = {site: tuple(cases) for site, cases in sorted(by_site(dataset.cases).items())}
+    study = Study(config, config.data.classes or discover_classes(dataset), sites)
+    if not study.classes:
+        raise DataError(
+            "SAM-D303", "no label holds any structure", "Check the labels, or name data.classes."
+        )
+    for site in sites:
+        if not study.cases(TRAIN, site):
+            raise DataError(
+                "SAM-D304",
+                f"site {site} has no training case",
+                "Mark cases `train` in the manifest's split column, or leave the column out.",
+            )
+    if not study.cases(VALIDATION):
+        raise DataError(
+            "SAM-D305",
+            "there is no validation case at any site",
+            "Mark cases `val` in the manifest's split column, or leave the column out.",
+        )
+    return study
+
+
+def check_study(
+    study: Study, data_dir: Path, progress: Callable[[int, int, str], None] | None = None
+) -> None:
+    """Reads every case once and refuses the study if any cannot be used.
+
+    Raises:
+        DataError: With the first fault and the number of others.
+    """
+    cases = tuple(case for cases in study.sites.values() for case in cases)
+    findings = check_dataset(Dataset(data_dir, cases, study.classes), progress)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
+        raise DataError(
+            first.code,
+            first.message + more,
+            f"{first.hint} `samaritan data check` lists every fault.",
+        )
+
+
+def deal_out(dataset: Dataset, sites: int, seed: int) -> Dataset:
+    """Pseudo-sites of nearly equal size, dealt out by patient within each split.
+
+    Raises:
+        DataError: When there are fewer training patients than sites.
+    """
+    home: dict[str, str] = {}
+    for split in sorted({case.split for case in dataset.cases}):
+        people = sorted({c.subject_id for c in dataset.cases if c.split == split})
+        random.Random(f"{seed}/{split}").shuffle(people)  # noqa: S311
+        if split == TRAIN and len(people) < sites:
+            raise DataError(
+                "SAM-D306",
+                f"{sites} sites asked for, {len(people)} training patients in the data set",
+                "Lower data.sites.",
+            )
+        for number, person in enumerate(people):
+            home[person] = f"pseudo_{number % sites + 1:03d}"
+    cases = tuple(replace(case, site=home[case.subject_id]) for case in dataset.cases)
+    return replace(dataset, cases=cases)
