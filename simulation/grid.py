@@ -77,8 +77,12 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Delivers messages and returns the answers; each site bounds its own time."""
-        return self.pull_messages(self.push_messages(messages))
+        """Delivers each message when its answer is asked for; each site bounds its own time.
+
+        One answer is in memory at a time, whatever the number of sites.
+        """
+        for message in messages:
+            yield from self.pull_messages(self.push_messages([message]))
 
     def create_message(self, *_: Any, **__: Any) -> Message:
         """Part of Flower's interface that its Message API no longer uses."""

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from samaritan.models.adapter import AdapterState
 
 
-def fedavg(updates: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+def fedavg(updates: Iterable[tuple[AdapterState, float]]) -> AdapterState:
     """Averages each tensor by itself; for LoRA that is A and B apart, not their product.
 
+    Updates are taken one at a time, so that memory does not grow with the number of sites.
+
     Args:
-        updates: One delta per site, equal names and shapes.
-        weights: Positive, one per site; need not sum to one.
+        updates: A delta and a positive weight per site; equal names and shapes. Weights need not
+            sum to one.
 
     Returns:
-        The mean update, float32, summed in float64.
+        The mean update, float32, summed in float64; empty when there was no update.
     """
-    total = float(sum(weights))
-    mean: AdapterState = {}
-    for name, first in updates[0].items():
-        summed = torch.zeros(first.shape, dtype=torch.float64)
-        for update, weight in zip(updates, weights, strict=True):
-            summed += update[name].double() * (weight / total)
-        mean[name] = summed.float()
-    return mean
+    sums: dict[str, Tensor] = {}
+    total = 0.0
+    for update, weight in updates:
+        total += weight
+        for name, value in update.items():
+            if name not in sums:
+                sums[name] = torch.zeros(value.shape, dtype=torch.float64)
+            sums[name].add_(value.double(), alpha=weight)
+    return {name: (value / total).float() for name, value in sums.items()}

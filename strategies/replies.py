@@ -25,14 +25,12 @@ class Reply:
         status: "ok", or what is wrong with the answer; never free text of the site.
         metrics: Numbers the site sent.
         size_bytes: Serialised size.
-        update: Delta of every adapter tensor, where the answer is good and holds one.
     """
 
     node_id: int
     status: str
     metrics: dict[str, float] = field(default_factory=dict)
     size_bytes: int = 0
-    update: AdapterState | None = None
 
     @property
     def ok(self) -> bool:
@@ -40,25 +38,31 @@ class Reply:
         return self.status == "ok"
 
 
-def read_train_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
-    """Checks an answer to a training message: names, shapes, finite values and its weight."""
+def read_train_reply(
+    message: Message, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Reply, AdapterState | None]:
+    """Checks an answer to a training message: names, shapes, finite values and its weight.
+
+    Returns:
+        What there is to note of the answer, and its update if it is usable.
+    """
     node_id, size = message.metadata.src_node_id, message_bytes(message)
     if message.has_error():
-        return Reply(node_id, _error_status(message))
+        return Reply(node_id, _error_status(message)), None
     try:
         update = from_arrays(message.content.array_records[ARRAYS])
         metrics = _numbers(message)
         require_like(update, shapes)
     except SamaritanError as fault:
-        return Reply(node_id, f"refused: {fault.message}", size_bytes=size)
+        return Reply(node_id, f"refused: {fault.message}", size_bytes=size), None
     except Exception as fault:  # whatever a site sends, the round goes on
-        return Reply(node_id, f"refused: unreadable ({type(fault).__name__})", size_bytes=size)
+        return Reply(node_id, f"refused: unreadable ({type(fault).__name__})", {}, size), None
     examples = metrics.get("num-examples", math.nan)
     if not 0 < examples < _MOST_EXAMPLES:
-        return Reply(node_id, f"refused: num-examples is {examples}", metrics, size)
+        return Reply(node_id, f"refused: num-examples is {examples}", metrics, size), None
     if not math.isfinite(metrics.get("train-loss", math.nan)):
-        return Reply(node_id, "refused: train-loss is no finite number", metrics, size)
-    return Reply(node_id, "ok", metrics, size, update)
+        return Reply(node_id, "refused: train-loss is no finite number", metrics, size), None
+    return Reply(node_id, "ok", metrics, size), update
 
 
 def read_evaluate_reply(message: Message) -> Reply:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from samaritan.errors import ConfigError
 from samaritan.models.adapter import AdapterState
 from strategies.fedavg import fedavg
 
-Rule = Callable[[Sequence[AdapterState], Sequence[float]], AdapterState]
-"""Updates and weights of the sites -> one update."""
+Rule = Callable[[Iterable[tuple[AdapterState, float]]], AdapterState]
+"""Each site's update and weight, given one at a time -> one update; empty for no update."""
 
 RULES: dict[str, Rule] = {"fedavg": fedavg}
 

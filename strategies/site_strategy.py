@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -86,7 +86,7 @@ class SiteStrategy(Strategy):
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.offset = first_round - 1
         self.on_round = on_round
-        self._train: tuple[Reply, ...] = ()
+        self._train: list[Reply] = []
         self._bytes_down: dict[int, int] = {}
         self._begun = 0.0
 
@@ -111,28 +111,34 @@ class SiteStrategy(Strategy):
         Raises:
             FederationError: When there are fewer of them than the round needs.
         """
-        asked = (m for m in replies if m.metadata.src_node_id in self._bytes_down)
-        self._train = tuple(read_train_reply(m, self.shapes) for m in asked)
+        step = self.rule(self._usable(replies))
         silent = self._bytes_down.keys() - {r.node_id for r in self._train}
-        self._train += tuple(Reply(node, "failed: no answer in time") for node in sorted(silent))
-        # By name, so that the sum does not depend on who answers first.
-        usable = sorted((r for r in self._train if r.update), key=lambda r: self.nodes[r.node_id])
-        if len(usable) < self.policy.min_sites:
+        self._train += [Reply(node, "failed: no answer in time") for node in sorted(silent)]
+        usable = sum(r.ok for r in self._train)
+        if usable < self.policy.min_sites:
             faults = "; ".join(
                 f"{self.nodes[r.node_id]} {r.status}" for r in self._train if not r.ok
             )
             raise FederationError(
                 "SAM-F102",
-                f"round {server_round + self.offset}: {len(usable)} usable answers, "
+                f"round {server_round + self.offset}: {usable} usable answers, "
                 f"{self.policy.min_sites} needed ({faults})",
                 "Mend the sites named above and resume; rounds before this one are kept.",
             )
-        weights = [
-            r.metrics["num-examples"] if self.policy.example_weights else 1.0 for r in usable
-        ]
-        step = self.rule([r.update for r in usable if r.update], weights)
         self.adapter = {name: value + step[name] for name, value in self.adapter.items()}
         return to_arrays(self.adapter), None
+
+    def _usable(self, replies: Iterable[Message]) -> Iterator[tuple[AdapterState, float]]:
+        """Updates and weights of good answers, one at a time; every answer is noted, none kept."""
+        self._train = []
+        for message in replies:
+            if message.metadata.src_node_id not in self._bytes_down:
+                continue
+            reply, update = read_train_reply(message, self.shapes)
+            self._train.append(reply)
+            if update is not None:
+                weight = reply.metrics["num-examples"] if self.policy.example_weights else 1.0
+                yield update, weight
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -151,7 +157,7 @@ class SiteStrategy(Strategy):
         outcome = RoundOutcome(
             server_round=server_round + self.offset,
             adapter=self.adapter,
-            train=self._train,
+            train=tuple(self._train),
             evaluate=tuple(read_evaluate_reply(m) for m in replies),
             bytes_down=self._bytes_down,
             seconds=time.monotonic() - self._begun,

@@ -192,7 +192,7 @@ def test_affine_that_cannot_be_inverted(tmp_path: Path, row: tuple[float, ...]) 
 
 
 def test_flipped_axes_of_length_one_still_fit_torch(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.nii.gz", np.ones((1, 4, 1), np.float32), affine_of("LPI"))
+    path = save(tmp_path / "a.nii.gz", np.ones((1, 4, 1), np.float32), affine_of("LAI"))
     assert torch.from_numpy(read_image(path, "case17").array).shape == (1, 4, 1)
 
 

@@ -8,6 +8,7 @@ are 0 and HD95 is the diagonal of the volume.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,10 @@ def _score(
         return Scores(dice, math.nan, math.nan)
     box = _box(predicted | true)
     pair = [torch.from_numpy(m[box].astype(np.float32))[None, None] for m in (predicted, true)]
-    hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=spacing_mm)
-    nsd = compute_surface_dice(*pair, [tolerance_mm], spacing=spacing_mm)
+    with warnings.catch_warnings():  # MONAI warns of its own deprecated call
+        warnings.simplefilter("ignore", FutureWarning)
+        hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=spacing_mm)
+        nsd = compute_surface_dice(*pair, [tolerance_mm], spacing=spacing_mm)
     return Scores(dice, float(hd95), float(nsd))
 
 
