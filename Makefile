@@ -31,7 +31,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.sites
-	$(BIN)/python -m benchmarks.encoder
 
 clean:
 	rm -rf $(VENV) build *.egg-info
