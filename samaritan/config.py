@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from samaritan.errors import ConfigError
+
+Side = Annotated[int, Field(ge=16, le=2048)]
 
 
 class Section(BaseModel):
@@ -35,8 +37,8 @@ class ModelConfig(Section):
     """Checkpoint file (.pth or .safetensors); every base but `tiny` needs one."""
     checkpoint_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Refuse any other file."""
-    image_size: int | None = Field(default=None, ge=16, le=2048)
-    """Side of the square model input in pixels; the base's own size when left out."""
+    image_size: Side | tuple[Side, Side] | None = None
+    """Model input in pixels, one side or [rows, columns]; the base's own when left out."""
 
 
 class PeftConfig(Section):

@@ -78,7 +78,10 @@ def read_instruction(message: Message) -> Instruction:
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as float32 arrays under their names, sorted."""
-    return ArrayRecord({name: _encode(state[name]) for name in sorted(state)})
+    record = ArrayRecord()
+    for name in sorted(state):  # one by one: ArrayRecord copies what it is made from
+        record[name] = _encode(state[name])
+    return record
 
 
 def from_arrays(record: ArrayRecord) -> AdapterState:

@@ -92,7 +92,7 @@ def read_study(config: Config, data_dir: Path) -> Study:
     study = Study(config, config.data.classes or discover_classes(dataset), sites)
     if not study.classes:
         raise DataError(
-            "SAM-D303", "no label holds any structure", "Check the labels, or name data.classes."
+            "SAM-D308", "no label holds any structure", "Check the labels, or name data.classes."
         )
     for site in sites:
         if not study.cases(TRAIN, site):

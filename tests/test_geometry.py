@@ -73,7 +73,7 @@ def scans(draw: st.DrawFn, smallest: int = 1, same_pixels: bool = False) -> Scan
 
 
 def grid_of(scan: Scan, volume: Volume) -> SliceGrid:
-    return slice_grid(volume.array.shape, volume.spacing_mm, scan.plane, scan.pixel_mm, 32)
+    return slice_grid(volume.array.shape, volume.spacing_mm, scan.plane, scan.pixel_mm, (32, 32))
 
 
 def store(folder: Path, array: np.ndarray, affine: np.ndarray) -> Path:
@@ -224,7 +224,7 @@ def test_rows_and_columns_follow_the_rule(
 ) -> None:
     array = np.zeros((5, 6, 7), np.float32)
     array[3, 2, 4] = 1  # x, y, z
-    grid = slice_grid((5, 6, 7), (1, 1, 1), plane, 1.0, 64)
+    grid = slice_grid((5, 6, 7), (1, 1, 1), plane, 1.0, (64, 64))
     stack = to_stack(array, grid, "image")
     assert stack.shape == shape
     assert stack[corner] == 1
@@ -238,36 +238,36 @@ def test_rows_and_columns_follow_the_rule(
 def test_auto_cuts_across_clearly_thick_slices(
     spacing: tuple[float, float, float], axis: int
 ) -> None:
-    assert slice_grid((9, 9, 9), spacing, "auto", None, 64).axis == axis
+    assert slice_grid((9, 9, 9), spacing, "auto", None, (64, 64)).axis == axis
 
 
 def test_plane_sizes() -> None:
-    fit = slice_grid((100, 50, 9), (1.0, 1.0, 3.0), "axial", None, 256)
+    fit = slice_grid((100, 50, 9), (1.0, 1.0, 3.0), "axial", None, (256, 256))
     assert fit.plane == (128, 256)
     assert fit.pixel_mm == pytest.approx((50 / 128, 100 / 256))
-    fixed = slice_grid((100, 50, 9), (0.7, 0.7, 3.0), "axial", 0.5, 64)
+    fixed = slice_grid((100, 50, 9), (0.7, 0.7, 3.0), "axial", 0.5, (64, 64))
     assert fixed.plane == (70, 140)
-    assert slice_grid((1, 500, 9), (0.1, 1.0, 3.0), "axial", None, 64).plane == (64, 1)
+    assert slice_grid((1, 500, 9), (0.1, 1.0, 3.0), "axial", None, (64, 64)).plane == (64, 1)
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="pixel size"):
-            slice_grid((9, 9, 9), (1, 1, 1), "axial", wrong, 64)
+            slice_grid((9, 9, 9), (1, 1, 1), "axial", wrong, (64, 64))
 
 
 def test_stacks_are_copies_of_the_right_type() -> None:
     label = np.ones((3, 4, 5), np.int16)
     for pixel in (1.0, 0.5):
-        grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", pixel, 64)
+        grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", pixel, (64, 64))
         assert to_stack(label, grid, "label").dtype == torch.int16
         assert to_stack(label, grid, "image").dtype == torch.float32
     image = np.ones((3, 4, 5), np.float32)
-    grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", 1.0, 64)
+    grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", 1.0, (64, 64))
     for array, mode in ((image, "image"), (label, "label")):
         to_stack(array, grid, mode).zero_()
         assert array.min() == 1
 
 
 def test_other_volumes_and_stacks_are_refused() -> None:
-    grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", 1.0, 64)
+    grid = slice_grid((3, 4, 5), (1, 1, 1), "axial", 1.0, (64, 64))
     with pytest.raises(ValueError, match="not on the grid"):
         to_stack(np.ones((4, 3, 5)), grid, "image")
     with pytest.raises(ValueError, match="is not"):
@@ -277,7 +277,7 @@ def test_other_volumes_and_stacks_are_refused() -> None:
 def test_images_are_antialiased_when_shrunk() -> None:
     stripes = np.zeros((16, 16, 1), np.float32)
     stripes[::4] = 1
-    stack = to_stack(stripes, slice_grid((16, 16, 1), (1, 1, 1), "axial", 4.0, 64), "image")
+    stack = to_stack(stripes, slice_grid((16, 16, 1), (1, 1, 1), "axial", 4.0, (64, 64)), "image")
     assert stack[0, 1:-1, 1:-1].numpy() == pytest.approx(0.25, abs=0.05)
 
 
@@ -348,7 +348,7 @@ def test_real_masks_survive_the_model_grid(
     shared_data: Path, folder: str, name: str, axis: int
 ) -> None:
     label = read_label(shared_data / folder / "labels" / f"{name}.nii.gz", name, None)
-    grid = slice_grid(label.array.shape, label.spacing_mm, "auto", None, 512)
+    grid = slice_grid(label.array.shape, label.spacing_mm, "auto", None, (512, 512))
     assert grid.axis == axis
     label = replace(label, array=np.minimum(label.array, 3))
     truth = to_native(label.array, label.native)

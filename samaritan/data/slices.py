@@ -51,7 +51,7 @@ class PreparedCase:
 
 
 def prepare_case(
-    case: Case, data: DataConfig, classes: Mapping[str, int], image_size: int
+    case: Case, data: DataConfig, classes: Mapping[str, int], image_size: tuple[int, int]
 ) -> PreparedCase:
     """Reads a case and puts it on the model grid.
 
@@ -85,7 +85,7 @@ def class_indices(
     unknown = [value for value in found if value not in table]
     if unknown:
         raise DataError(
-            "SAM-D110",
+            "SAM-D114",
             f"case {case_id}: the label holds {unknown[:5]}, the classes are {dict(classes)}",
             "Name every structure in data.classes, or clear the values that are none.",
         )
@@ -98,7 +98,9 @@ def class_indices(
 class CaseCache:
     """Prepared cases, read when first needed, the longest unused dropped beyond a byte budget."""
 
-    def __init__(self, data: DataConfig, classes: Mapping[str, int], image_size: int) -> None:
+    def __init__(
+        self, data: DataConfig, classes: Mapping[str, int], image_size: tuple[int, int]
+    ) -> None:
         self.data, self.classes, self.image_size = data, dict(classes), image_size
         self.budget_bytes = data.cache_mb * 2**20
         self._held: OrderedDict[str, PreparedCase] = OrderedDict()
@@ -205,7 +207,7 @@ def _draw_slice(
     label = prepared.label
     if label is None:
         raise DataError(
-            "SAM-D111", f"training case {prepared.case.case_id} has no label", "Add it."
+            "SAM-D116", f"training case {prepared.case.case_id} has no label", "Add it."
         )
     among = torch.arange(label.shape[0])
     if len(prepared.foreground) and _uniform(generator) < foreground_fraction:
@@ -214,32 +216,32 @@ def _draw_slice(
     size = cache.image_size
     image = _pad(with_context(prepared.image, index, cache.data.context_slices)[0], size)
     plane = _pad(label[index], size)
-    if plane.shape[-2:] == (size, size):
-        return image, plane[0]
     top, left = _window(plane[0], size, foreground_fraction, generator)
-    window = (..., slice(top, top + size), slice(left, left + size))
+    window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     return image[window], plane[window][0]
 
 
-def _pad(planes: Tensor, size: int) -> Tensor:
+def _pad(planes: Tensor, size: tuple[int, int]) -> Tensor:
     """Pads the last two axes with zeros to at least the model input, content in the middle."""
     h, w = planes.shape[-2:]
-    rows, columns = max(size - h, 0), max(size - w, 0)
+    rows, columns = max(size[0] - h, 0), max(size[1] - w, 0)
     return F.pad(planes, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def _window(
-    label: Tensor, size: int, foreground_fraction: float, generator: torch.Generator
+    label: Tensor, size: tuple[int, int], foreground_fraction: float, generator: torch.Generator
 ) -> tuple[int, int]:
     """Top-left corner of a window, often around a labelled pixel."""
-    h, w = label.shape
+    free = (label.shape[0] - size[0], label.shape[1] - size[1])
+    if free == (0, 0):
+        return free
     marked = label.nonzero()
     if len(marked) and _uniform(generator) < foreground_fraction:
         row, column = marked[_integer(len(marked), generator)].tolist()
-        top = row - _integer(size, generator)
-        left = column - _integer(size, generator)
-        return min(max(top, 0), h - size), min(max(left, 0), w - size)
-    return _integer(h - size + 1, generator), _integer(w - size + 1, generator)
+        top = row - _integer(size[0], generator)
+        left = column - _integer(size[1], generator)
+        return min(max(top, 0), free[0]), min(max(left, 0), free[1])
+    return _integer(free[0] + 1, generator), _integer(free[1] + 1, generator)
 
 
 def _uniform(generator: torch.Generator) -> float:

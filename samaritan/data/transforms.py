@@ -88,7 +88,7 @@ def slice_grid(
     spacing_mm: tuple[float, float, float],
     axis: Plane,
     pixel_mm: float | None,
-    image_size: int,
+    image_size: tuple[int, int],
 ) -> SliceGrid:
     """Choose the slice direction and the size of the slices.
 
@@ -98,19 +98,19 @@ def slice_grid(
         axis: The plane to cut; ``auto`` cuts across the axis with clearly the thickest voxels,
             else axial.
         pixel_mm: Pixel size to resample to; planes may then be larger than ``image_size``. None
-            fits the longer side of the plane to ``image_size`` pixels, as SAM does.
-        image_size: Side of the model's square input in pixels.
+            fits the whole plane into ``image_size``, as SAM does.
+        image_size: (rows, columns) of the model's input in pixels.
 
     Returns:
         The grid.
     """
-    if min(shape) < 1 or not min(spacing_mm) > 0 or image_size < 1:
+    if min(shape) < 1 or not min(spacing_mm) > 0 or min(image_size) < 1:
         raise ValueError(f"shape {shape}, spacing {spacing_mm} mm, image size {image_size} px")
     if pixel_mm is not None and not pixel_mm > 0:
         raise ValueError(f"pixel size {pixel_mm} mm is not positive")
     native = SliceGrid(_slice_axis(spacing_mm, axis), shape, spacing_mm, plane=(1, 1))
     rows_mm, columns_mm = native.extent_mm
-    pixel = max(rows_mm, columns_mm) / image_size if pixel_mm is None else pixel_mm
+    pixel = pixel_mm or max(rows_mm / image_size[0], columns_mm / image_size[1])
     return replace(
         native, plane=(max(1, round(rows_mm / pixel)), max(1, round(columns_mm / pixel)))
     )

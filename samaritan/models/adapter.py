@@ -111,12 +111,13 @@ def check_input(config: Config, base: BuiltBase) -> None:
         ConfigError: Naming the key and the values that fit.
     """
     size, patch = image_size(config), base.spec.patch
-    if size % patch:
-        raise ConfigError(
-            "SAM-C203",
-            f"model.image_size {size} is no multiple of the patch size {patch} of {base.name}",
-            f"Choose {size // patch * patch} or {(size // patch + 1) * patch}.",
-        )
+    for side in size:
+        if side % patch:
+            raise ConfigError(
+                "SAM-C203",
+                f"model.image_size {side} is no multiple of the patch size {patch} of {base.name}",
+                f"Choose {side // patch * patch} or {(side // patch + 1) * patch}.",
+            )
     context, fixed = config.data.context_slices, base.spec.channels
     if fixed is not None and context not in (1, fixed):
         raise ConfigError(
@@ -126,9 +127,10 @@ def check_input(config: Config, base: BuiltBase) -> None:
         )
 
 
-def image_size(config: Config) -> int:
-    """Side of the model input in pixels."""
-    return config.model.image_size or get_base(config.model.base).image_size
+def image_size(config: Config) -> tuple[int, int]:
+    """(rows, columns) of the model input in pixels."""
+    size = config.model.image_size or get_base(config.model.base).image_size
+    return (size, size) if isinstance(size, int) else size
 
 
 def require_like(

@@ -72,13 +72,13 @@ def _probabilities(
     segmenter: Segmenter,
     images: Tensor,
     views: Sequence[int],
-    size: int,
+    size: tuple[int, int],
     settings: EvaluationConfig,
 ) -> Tensor:
     """(N, K, h, w) slices of any size -> (N, C, h, w) probabilities, mirrored views averaged."""
     run = functools.partial(
         sliding_window_inference,
-        roi_size=(size, size),
+        roi_size=size,
         sw_batch_size=_SLICES_AT_ONCE,
         predictor=lambda x: segmenter(x).softmax(1),
         overlap=settings.window_overlap,
@@ -148,7 +148,7 @@ def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
     """
     case = prepared.case
     if case.label is None:
-        raise DataError("SAM-D112", f"case {case.case_id} has no label to score against", "Add it.")
+        raise DataError("SAM-D116", f"case {case.case_id} has no label to score against", "Add it.")
     volume = read_label(case.label, case.case_id, prepared.native)
     return class_indices(volume.array, cache.classes, case.case_id)
 
