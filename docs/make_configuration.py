@@ -10,7 +10,7 @@ import ast
 import inspect
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,10 +27,10 @@ _MEANINGS = {
     "strategy": "How updates are combined; a name from `strategies/rules.py`.",
     "peft.preset": "Which parts of SAM are trained; a name from `samaritan models list`.",
     "peft.rank": "LoRA rank.",
-    "data.source": "`folder` reads `--data DIR`; `phantoms` makes volumes in the run folder unless "
-    "`--data` is given.",
-    "data.slice_axis": "The plane volumes are cut along; `auto` cuts across clearly thicker slices, "
-    "else axial.",
+    "data.source": "`folder` reads `--data DIR`; `phantoms` makes volumes in the run folder "
+    "unless `--data` is given.",
+    "data.slice_axis": "The plane of the slices; `auto` cuts across the axis with clearly the "
+    "thickest voxels, else axial.",
     "data.note": "One sentence on the data, shown in the report.",
     "training.batch_size": "Slices per optimiser step.",
     "training.learning_rate": "Peak learning rate of AdamW.",
@@ -126,18 +126,19 @@ def _attribute_lines(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _type(field: FieldInfo) -> str:
+    return ", ".join([_kind(field.annotation), *_limits(field)])
+
+
+def _limits(field: FieldInfo) -> list[str]:
+    """What pydantic checks beyond the type, in words."""
     limits = [
         text.format(getattr(rule, name))
         for rule in field.metadata
         for name, text in _LIMITS.items()
         if getattr(rule, name, None) is not None
     ]
-    limits += [f"matches `{rule.pattern}`" for rule in field.metadata if _has_pattern(rule)]
-    return ", ".join([_kind(field.annotation), *limits])
-
-
-def _has_pattern(rule: object) -> bool:
-    return getattr(rule, "pattern", None) is not None
+    patterns = [getattr(rule, "pattern", None) for rule in field.metadata]
+    return limits + [f"matches `{pattern}`" for pattern in patterns if pattern is not None]
 
 
 def _kind(annotation: Any) -> str:
@@ -145,14 +146,18 @@ def _kind(annotation: Any) -> str:
     words = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
     if annotation in words:
         return words[annotation]
-    origin = get_origin(annotation)
-    arguments = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = [limit for rule in arguments[1:] for limit in _limits(rule)]
+        return ", ".join([_kind(arguments[0]), *limits])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType) and len(arguments) == 1:
-        return _kind(arguments[0])
-    if origin is tuple and len(arguments) == 1:
+    if origin in (Union, types.UnionType):
+        return "; or ".join(_kind(a) for a in arguments if a is not type(None))
+    if origin is tuple and arguments[-1] is Ellipsis:
         return f"list of {_kind(arguments[0])}"
+    if origin is tuple and len(set(arguments)) == 1:
+        return f"list of {len(arguments)}, each {_kind(arguments[0])}"
     if origin is dict:
         return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
     raise ValueError(f"no words for the type {annotation}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -18,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from samaritan.errors import ConfigError
+
+_BRANCH = re.compile(r"constrained-|tuple\[")
+"""What pydantic adds to a key that may hold one of several types."""
 
 Side = Annotated[int, Field(ge=16, le=2048)]
 
@@ -62,6 +66,8 @@ class DataConfig(Section):
     """Sites as the manifest names them, or pseudo-sites of equal size dealt out by patient."""
     classes: dict[str, int] | None = None
     """Structure name -> label value; read from dataset.json or the labels when left out."""
+    held_out_sites: tuple[str, ...] = ()
+    """Sites that only score: they train nothing, and all their cases are validation cases."""
     val_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of each site's patients held out where the dataset names no split."""
     slice_axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
@@ -201,11 +207,15 @@ def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  - {_fault(detail)}" for detail in error.errors())
-        count = error.error_count()
+        found: dict[str, list[str]] = {}
+        for detail in error.errors():
+            key = ".".join(str(p) for p in detail["loc"] if not _BRANCH.match(str(p)))
+            found.setdefault(key, []).append(_fault(key, detail))
+        faults = [f"{key}: {' / '.join(texts)}".removeprefix(": ") for key, texts in found.items()]
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError(
             "SAM-C103",
-            f"{source} has {count} fault{'s' if count > 1 else ''}:\n{faults}",
+            f"{source} has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults),
             "Mend each key; every key and its default is in docs/configuration.md.",
         ) from error
 
@@ -268,19 +278,20 @@ def _override(tree: dict[str, Any], item: str) -> None:
     node[leaf] = value
 
 
-def _fault(detail: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+def _fault(key: str, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         near = _nearest(key)
-        return f"{key}: unknown key" + (f"; did you mean {near}?" if near else "")
+        return "unknown key" + (f"; did you mean {near}?" if near else "")
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and not key:
         return message
-    return f"{key}: {message} (got {detail['input']!r})"
+    return f"{message} (got {detail['input']!r})"
 
 
 def _nearest(key: str) -> str | None:
-    known = config_keys()
+    keys = config_keys()
+    sections = {key.rpartition(".")[0] for key in keys if "." in key}
+    known = keys + sorted(sections)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:
         return close[0]

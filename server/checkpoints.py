@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from samaritan.errors import StorageError
 from samaritan.models.adapter import AdapterState
+from samaritan.models.bases import state_sha256
 
 _NAME = re.compile(r"round_(\d{5})\.safetensors")
 _FORMAT = "1"
@@ -54,8 +55,14 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def latest_checkpoint(directory: Path) -> Checkpoint | None:
+def latest_checkpoint(
+    directory: Path, on_damaged: Callable[[Path], None] = lambda path: None
+) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones are passed over for the one before.
+
+    Args:
+        directory: Holds the checkpoints of one run.
+        on_damaged: Told of each one that is passed over.
 
     Raises:
         StorageError: When there are checkpoints and every one is damaged.
@@ -65,7 +72,7 @@ def latest_checkpoint(directory: Path) -> Checkpoint | None:
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, SafetensorError):
-            continue
+            on_damaged(path)
     if found:
         raise StorageError(
             "SAM-S103",
@@ -95,7 +102,8 @@ def write_atomically(path: Path, payload: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise StorageError(
             "SAM-S101",
             f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
@@ -116,9 +124,5 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(number, tensors, state["history"], state["config_sha256"])
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
+def _digest(tensors: AdapterState, text: str) -> str:
+    return hashlib.sha256(f"{state_sha256(tensors)} {text}".encode()).hexdigest()

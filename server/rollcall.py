@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,9 +93,14 @@ def _ask(
             refused.append(f"site {site}: a second node claims to be this site")
         elif wrong:
             pairs = ", ".join(
-                f"{k} {answer.get(k, '?')[:16]} not {expected[k][:16]}" for k in wrong
+                f"{k} {_plain(answer.get(k, ''))} not {expected[k][:16]}" for k in wrong
             )
             refused.append(f"site {site}: {pairs}")
         else:
             present[node] = site
     return RollCall(present, refused)
+
+
+def _plain(text: str) -> str:
+    """The start of a hash or version; anything else a node sends is not repeated."""
+    return text[:16] if re.fullmatch(r"[0-9a-f.]+", text) else "(unreadable)"

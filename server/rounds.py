@@ -35,7 +35,8 @@ class Federation:
         config: The run's configuration.
         base_sha256: Of the frozen base; a site with another refuses.
         initial: The adapter before the first round.
-        sites: Names of the approved sites.
+        sites: Names of the approved sites that train.
+        observers: Names of the approved sites that only score.
         run_dir: Receives `events.jsonl` and `checkpoints/`.
         on_round: Told of each finished round.
     """
@@ -45,6 +46,7 @@ class Federation:
     initial: AdapterState
     sites: Sequence[str]
     run_dir: Path
+    observers: Sequence[str] = ()
     on_round: RoundCallback | None = None
 
     @property
@@ -79,7 +81,7 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
         policy = _policy(federation)
         roll = roll_call(
             grid,
-            federation.sites,
+            [*federation.sites, *federation.observers],
             state.config_sha256,
             federation.base_sha256,
             policy.min_sites,
@@ -94,6 +96,7 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
         progress = _Progress(federation, state, roll.present)
         strategy = SiteStrategy(
             roll.present,
+            [node for node, site in roll.present.items() if site in federation.observers],
             get_rule(config.strategy),
             policy,
             Instruction(
@@ -106,7 +109,7 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
         )  # fmt: skip
         logging.getLogger("flwr").setLevel(logging.WARNING)
         # Every site may take its time one after the other, as they do in one process.
-        timeout = config.federation.round_timeout_s * len(federation.sites)
+        timeout = config.federation.round_timeout_s * len(roll.present)
         strategy.start(grid, to_arrays(state.adapter), num_rounds=left, timeout=timeout)
         state = progress.state
     append_event(federation.events, "run_finished", rounds=state.server_round)
@@ -120,7 +123,10 @@ def resume_point(federation: Federation) -> Checkpoint:
         StorageError: When the checkpoint was made by another configuration.
     """
     sha256 = config_sha256(federation.config)
-    found = latest_checkpoint(federation.checkpoints)
+    damaged: list[str] = []
+    found = latest_checkpoint(federation.checkpoints, lambda path: damaged.append(path.name))
+    if damaged:
+        append_event(federation.events, "checkpoints_damaged", files=damaged)
     if found is None:
         return Checkpoint(0, federation.initial, [], sha256)
     if found.config_sha256 != sha256:
@@ -165,12 +171,11 @@ class _Progress:
 
 def round_entry(outcome: RoundOutcome, sites: Mapping[int, str]) -> dict[str, Any]:
     """A round as summary.json holds it."""
+    trained = {r.node_id: r for r in outcome.train}
     scored = {r.node_id: r for r in outcome.evaluate}
     entries = {
-        sites[reply.node_id]: _site_entry(
-            reply, scored.get(reply.node_id), outcome.bytes_down.get(reply.node_id, 0)
-        )
-        for reply in outcome.train
+        sites[node]: _site_entry(trained.get(node), scored.get(node), outcome.bytes_down[node])
+        for node in trained.keys() | scored.keys()
     }
     dice = functools.reduce(
         _add_weighted, (r.metrics for r in outcome.evaluate if r.ok), (0.0, 0.0)
@@ -189,18 +194,19 @@ def _add_weighted(total: tuple[float, float], metrics: dict[str, float]) -> tupl
     return total[0] + metrics["dice"] * metrics["num-cases"], total[1] + metrics["num-cases"]
 
 
-def _site_entry(train: Reply, evaluated: Reply | None, bytes_down: int) -> dict[str, Any]:
-    replies = [train] + ([evaluated] if evaluated else [])
-    faults = [r.status for r in replies if not r.ok]
-    scores = evaluated.metrics if evaluated and evaluated.ok else {}
+def _site_entry(trained: Reply | None, scored: Reply | None, bytes_down: int) -> dict[str, Any]:
+    replies = [reply for reply in (trained, scored) if reply is not None]
+    faults = [reply.status for reply in replies if not reply.ok]
+    training = trained.metrics if trained and trained.ok else {}
+    scoring = scored.metrics if scored and scored.ok else {}
     return {
-        "train_loss": train.metrics.get("train-loss") if train.ok else None,
-        "dice": scores.get("dice"),
-        "num_examples": train.metrics.get("num-examples") if train.ok else None,
-        "steps": train.metrics.get("steps") if train.ok else None,
-        "bytes_up": sum(r.size_bytes for r in replies),
+        "train_loss": training.get("train-loss"),
+        "dice": scoring.get("dice"),
+        "num_examples": training.get("num-examples"),
+        "steps": training.get("steps"),
+        "bytes_up": sum(reply.size_bytes for reply in replies),
         "bytes_down": bytes_down,
-        "seconds": round(sum(r.metrics.get("seconds", 0.0) for r in replies), 3),
+        "seconds": round(sum(reply.metrics.get("seconds", 0.0) for reply in replies), 3),
         "status": faults[0] if faults else "ok",
     }
 

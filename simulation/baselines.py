@@ -88,7 +88,7 @@ def _local_only(
     own: list[CaseScores] = []
     everywhere: dict[str, float | None] = {}
     begun = time.monotonic()
-    for site in study.sites:
+    for site in study.training_sites:
         note(f"baseline: {site} alone, {steps[site]} steps")
         scores = _train_and_score(
             study, model, cache, initial, study.cases(TRAIN, site), f"local/{site}", steps[site]

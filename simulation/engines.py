@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,20 @@ def run_in_process(federation: Federation, agents: list[SiteAgent]) -> Checkpoin
     return finished[0]
 
 
+def require_ray() -> None:
+    """Refuses a machine without Flower's simulation engine.
+
+    Raises:
+        ConfigError: When the extra is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "SAM-C301",
+            "--engine ray needs Flower's simulation extra, which is not installed",
+            "pip install 'samaritan[ray]', or use --engine inprocess.",
+        )
+
+
 def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -> Checkpoint:
     """Flower's own simulation engine: each site in a Ray worker, GPUs shared out if there are any.
 
@@ -45,31 +60,26 @@ def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -
         ConfigError: When the extra is not installed.
         SamaritanError: As `run_rounds`.
     """
+    require_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        from flwr.simulation import run_simulation
-    except ImportError as error:
-        raise ConfigError(
-            "SAM-C301",
-            "--engine ray needs Flower's simulation extra, which is not installed",
-            "pip install 'samaritan[ray]', or use --engine inprocess.",
-        ) from error
+    import ray
     import torch
+    from flwr.simulation import run_simulation
 
     finished: list[Checkpoint] = []
     faults: list[Exception] = []
 
     # Flower swallows what a ServerApp raises in a simulation; it is brought out by hand.
     app = make_server_app(federation, finished.append, faults.append)
-    gpus = torch.cuda.device_count() / max(len(federation.sites), 1)
+    nodes = len(federation.sites) + len(federation.observers)
+    gpus = torch.cuda.device_count() / nodes
     try:
         run_simulation(
             app,
             make_client_app(
                 functools.partial(_worker_agent, str(federation.run_dir), str(data_dir))
             ),
-            num_supernodes=len(federation.sites),
+            num_supernodes=nodes,
             backend_config={
                 "client_resources": {"num_cpus": cpus_per_site, "num_gpus": min(1.0, gpus)}
             },

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from client.agent import SiteAgent
 from samaritan import __version__
@@ -31,7 +33,15 @@ from samaritan.data.slices import CaseCache, PreparedCase
 from samaritan.data.transforms import normalise_intensity
 from samaritan.data.volume import read_image
 from samaritan.errors import ConfigError, StorageError
-from samaritan.models.adapter import AdaptedModel, build_adapted, card_of, save_adapter
+from samaritan.models.adapter import (
+    AdaptedModel,
+    AdapterState,
+    build_adapted,
+    card_of,
+    save_adapter,
+)
+from samaritan.models.bases import get_base
+from samaritan.models.presets import get_preset
 from samaritan.report.html import write_report
 from samaritan.report.overlay import draw_overlay
 from samaritan.report.summary import case_entries, final_scores
@@ -40,8 +50,11 @@ from server.checkpoints import Checkpoint, write_atomically
 from server.events import append_event
 from server.rounds import Federation, RoundCallback, overhead_seconds
 from simulation.baselines import run_baselines
-from simulation.engines import run_in_process, run_on_ray
+from simulation.engines import require_ray, run_in_process, run_on_ray
 from simulation.study import TRAIN, VALIDATION, Study, check_study, read_study
+from strategies.rules import get_rule
+
+_PHANTOMS, _PHANTOMS_PARTIAL = "data", "data.partial"
 
 
 @dataclass(frozen=True)
@@ -92,15 +105,23 @@ def simulate(
     """
     watch = watch or Watch()
     begun = time.monotonic()
+    _check_choices(config, engine)
     _check_run_dir(config, run_dir, resume)
-    study, data_dir = _prepare_study(config, run_dir, data_dir, watch)
-    model = build_adapted(config, len(study.classes))
-    initial = model.state()
-    cache = study.cache()
-    agents = study.agents(model, cache, watch.step)
-    _open_run_dir(config, run_dir)
+    with _clean_unless_opened(run_dir):
+        study, data_dir = _prepare_study(config, run_dir, data_dir, watch)
+        model = build_adapted(config, len(study.classes))
+        initial = model.state()
+        cache = study.cache()
+        agents = study.agents(model, cache, watch.step)
+        _open_run_dir(config, run_dir)
     federation = Federation(
-        config, model.base.sha256, initial, tuple(study.sites), run_dir, watch.round_done
+        config,
+        model.base.sha256,
+        initial,
+        study.training_sites,
+        run_dir,
+        study.observers,
+        watch.round_done,
     )
     watch.note(
         f"{len(study.sites)} sites, {len(study.cases(TRAIN))} training and "
@@ -113,10 +134,10 @@ def simulate(
     )
     federated_seconds = time.monotonic() - training
     model.load(state.adapter)
-    save_adapter(run_dir / "adapter", model, state.adapter, config, study.classes)
+    _save_adapter(run_dir / "adapter", model, state.adapter, study)
     watch.note("scoring every validation case on its native grid")
     results = _score(study, model, cache, run_dir)
-    steps = {site: _steps(state, site) for site in study.sites}
+    steps = {site: _steps(state, site) for site in study.training_sites}
     reference = None
     if baselines:
         reference = run_baselines(study, model, cache, initial, steps, watch.note)
@@ -129,6 +150,31 @@ def simulate(
     )
     write_report(run_dir)
     return summary
+
+
+def _check_choices(config: Config, engine: str) -> None:
+    """Refuses names that nothing goes by, before any work is done."""
+    get_base(config.model.base)
+    get_preset(config.peft.preset)
+    get_rule(config.strategy)
+    if engine == "ray":
+        require_ray()
+
+
+@contextlib.contextmanager
+def _clean_unless_opened(run_dir: Path) -> Iterator[None]:
+    """Takes away what was made in a run folder when the run is refused before it begins."""
+    existed = run_dir.exists()
+    try:
+        yield
+    except BaseException:
+        if not (run_dir / "config.yaml").exists():
+            for name in (_PHANTOMS, _PHANTOMS_PARTIAL):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
+        raise
 
 
 def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
@@ -171,11 +217,11 @@ def _prepare_study(
 
 def _make_phantoms(config: Config, run_dir: Path, watch: Watch) -> Path:
     """Phantoms go into the run folder under a temporary name, so that they are whole or absent."""
-    target = run_dir / "data"
+    target = run_dir / _PHANTOMS
     if target.is_dir():
         return target
     watch.note(f"making {config.data.sites} x {config.data.cases_per_site} phantom volumes")
-    partial = run_dir / "data.partial"
+    partial = run_dir / _PHANTOMS_PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
         write_phantoms(partial, config.data.sites, config.data.cases_per_site, config.seed)
@@ -189,6 +235,15 @@ def _make_phantoms(config: Config, run_dir: Path, watch: Watch) -> Path:
 
 def _open_run_dir(config: Config, run_dir: Path) -> None:
     write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+
+
+def _save_adapter(directory: Path, model: AdaptedModel, state: AdapterState, study: Study) -> None:
+    try:
+        save_adapter(directory, model, state, study.config, study.classes)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            "SAM-S101", f"cannot write {directory}: {error}", "Free space, then use --resume."
+        ) from error
 
 
 def _score(study: Study, model: AdaptedModel, cache: CaseCache, run_dir: Path) -> list[CaseScores]:

@@ -7,7 +7,7 @@ make the same one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from samaritan.data.datasets import (
     require_disjoint,
 )
 from samaritan.data.slices import CaseCache
-from samaritan.errors import DataError
+from samaritan.errors import ConfigError, DataError
 from samaritan.models.adapter import AdaptedModel, image_size
 
 TRAIN, VALIDATION = "train", "val"
@@ -43,6 +43,16 @@ class Study:
     config: Config
     classes: dict[str, int]
     sites: dict[str, tuple[Case, ...]]
+
+    @property
+    def observers(self) -> tuple[str, ...]:
+        """Sites that only score."""
+        return tuple(site for site in self.sites if site in self.config.data.held_out_sites)
+
+    @property
+    def training_sites(self) -> tuple[str, ...]:
+        """Sites that train."""
+        return tuple(site for site in self.sites if site not in self.observers)
 
     def cases(self, split: str, site: str | None = None) -> tuple[Case, ...]:
         """Cases of one split, at one site or at all."""
@@ -87,6 +97,7 @@ def read_study(config: Config, data_dir: Path) -> Study:
     dataset = assign_splits(read_dataset(data_dir), config.data.val_fraction, config.seed)
     if config.data.partition == "uniform":
         dataset = deal_out(dataset, config.data.sites, config.seed)
+    dataset = _hold_out(dataset, config.data.held_out_sites)
     require_disjoint(dataset)
     sites = {site: tuple(cases) for site, cases in sorted(by_site(dataset.cases).items())}
     study = Study(config, config.data.classes or discover_classes(dataset), sites)
@@ -94,13 +105,20 @@ def read_study(config: Config, data_dir: Path) -> Study:
         raise DataError(
             "SAM-D308", "no label holds any structure", "Check the labels, or name data.classes."
         )
-    for site in sites:
+    for site in study.training_sites:
         if not study.cases(TRAIN, site):
             raise DataError(
                 "SAM-D304",
                 f"site {site} has no training case",
                 "Mark cases `train` in the manifest's split column, or leave the column out.",
             )
+    wanted = config.federation.min_sites or 1
+    if wanted > len(study.training_sites):
+        raise ConfigError(
+            "SAM-C306",
+            f"federation.min_sites is {wanted}, but {len(study.training_sites)} sites train",
+            "Lower federation.min_sites.",
+        )
     if not study.cases(VALIDATION):
         raise DataError(
             "SAM-D305",
@@ -129,6 +147,21 @@ def check_study(
             first.message + more,
             f"{first.hint} `samaritan data check` lists every fault.",
         )
+
+
+def _hold_out(dataset: Dataset, held_out: Sequence[str]) -> Dataset:
+    sites = sorted({case.site for case in dataset.cases})
+    unknown = [site for site in held_out if site not in sites]
+    if unknown or (held_out and len(held_out) == len(sites)):
+        raise DataError(
+            "SAM-D309",
+            f"data.held_out_sites names {list(held_out)}, the sites are {sites}",
+            "Name some of the sites, and leave one to train.",
+        )
+    cases = tuple(
+        replace(case, split=VALIDATION) if case.site in held_out else case for case in dataset.cases
+    )
+    return replace(dataset, cases=cases)
 
 
 def deal_out(dataset: Dataset, sites: int, seed: int) -> Dataset:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from flwr.app import Message
 
-from samaritan.errors import SamaritanError
-from samaritan.models.adapter import AdapterState, require_like
+from samaritan.models.adapter import AdapterState
 from samaritan.wire import ARRAYS, METRICS, from_arrays, message_bytes
 
-_MOST_EXAMPLES = 1e9
+_MOST = 1e9
+_RANGES = {
+    "num-examples": (sys.float_info.min, _MOST),
+    "train-loss": (-_MOST, _MOST),
+    "steps": (0.0, _MOST),
+    "num-cases": (0.0, _MOST),
+    "dice": (0.0, 1.0),
+    "seconds": (0.0, _MOST),
+}
+"""Every metric the server reads, with the lowest and highest value it believes."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Reply:
     Attributes:
         node_id: Flower's id of the site's node.
         status: "ok", or what is wrong with the answer; never free text of the site.
-        metrics: Numbers the site sent.
+        metrics: Numbers the site sent, where the answer is usable.
         size_bytes: Serialised size.
     """
 
@@ -52,16 +61,11 @@ def read_train_reply(
     try:
         update = from_arrays(message.content.array_records[ARRAYS])
         metrics = _numbers(message)
-        require_like(update, shapes)
-    except SamaritanError as fault:
-        return Reply(node_id, f"refused: {fault.message}", size_bytes=size), None
-    except Exception as fault:  # whatever a site sends, the round goes on
-        return Reply(node_id, f"refused: unreadable ({type(fault).__name__})", {}, size), None
-    examples = metrics.get("num-examples", math.nan)
-    if not 0 < examples < _MOST_EXAMPLES:
-        return Reply(node_id, f"refused: num-examples is {examples}", metrics, size), None
-    if not math.isfinite(metrics.get("train-loss", math.nan)):
-        return Reply(node_id, "refused: train-loss is no finite number", metrics, size), None
+        fault = _unlike(update, shapes) or _out_of_range(metrics, ("num-examples", "train-loss"))
+    except Exception as error:  # whatever a site sends, the round goes on
+        return Reply(node_id, f"refused: unreadable ({type(error).__name__})", {}, size), None
+    if fault:
+        return Reply(node_id, f"refused: {fault}", {}, size), None
     return Reply(node_id, "ok", metrics, size), update
 
 
@@ -72,16 +76,43 @@ def read_evaluate_reply(message: Message) -> Reply:
         return Reply(node_id, _error_status(message))
     try:
         metrics = _numbers(message)
-    except Exception as fault:
-        return Reply(node_id, f"refused: unreadable ({type(fault).__name__})", size_bytes=size)
-    cases, dice = metrics.get("num-cases", math.nan), metrics.get("dice", 0.0)
-    if not 0 <= cases < _MOST_EXAMPLES or not 0 <= dice <= 1:
-        return Reply(node_id, f"refused: dice {dice} over {cases} cases", metrics, size)
+    except Exception as error:
+        return Reply(node_id, f"refused: unreadable ({type(error).__name__})", size_bytes=size)
+    fault = _out_of_range(metrics, ("num-cases",))
+    if fault:
+        return Reply(node_id, f"refused: {fault}", size_bytes=size)
     return Reply(node_id, "ok", metrics, size)
 
 
 def _numbers(message: Message) -> dict[str, float]:
-    return {k: float(v) for k, v in message.content.metric_records[METRICS].items()}  # type: ignore[arg-type]
+    """The metrics the server has a use for; a name a site made up goes nowhere."""
+    record = message.content.metric_records[METRICS]
+    return {name: float(record[name]) for name in _RANGES if name in record}  # type: ignore[arg-type]
+
+
+def _out_of_range(metrics: Mapping[str, float], needed: Sequence[str]) -> str | None:
+    for name in needed:
+        if name not in metrics:
+            return f"{name} is missing"
+    for name, value in metrics.items():
+        low, high = _RANGES[name]
+        if not low <= value <= high:  # NaN is nowhere
+            return f"{name} is {value:g}"
+    return None
+
+
+def _unlike(update: AdapterState, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first thing wrong with an update; the names of unknown tensors are the site's words."""
+    if unknown := len(update.keys() - shapes.keys()):
+        return f"{unknown} unknown tensors"
+    for name, shape in shapes.items():
+        if name not in update:
+            return f"missing {name}"
+        if tuple(update[name].shape) != shape:
+            return f"{name} is {tuple(update[name].shape)} instead of {shape}"
+        if not torch.isfinite(update[name]).all():
+            return f"{name} is not finite"
+    return None
 
 
 def _error_status(message: Message) -> str:

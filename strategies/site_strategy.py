@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -62,6 +62,7 @@ class SiteStrategy(Strategy):
 
     Args:
         nodes: Approved sites by Flower node id.
+        observers: Those of the nodes that score and do not train.
         rule: Combines updates.
         policy: Quorum and waiting.
         instruction: Sent to every site, with the round filled in.
@@ -73,6 +74,7 @@ class SiteStrategy(Strategy):
     def __init__(
         self,
         nodes: Mapping[int, str],
+        observers: Collection[int],
         rule: Rule,
         policy: RoundPolicy,
         instruction: Instruction,
@@ -80,8 +82,8 @@ class SiteStrategy(Strategy):
         first_round: int,
         on_round: Callable[[RoundOutcome], None],
     ) -> None:
-        self.nodes, self.rule, self.policy = nodes, rule, policy
-        self.instruction = instruction
+        self.nodes, self.observers = nodes, observers
+        self.rule, self.policy, self.instruction = rule, policy, instruction
         self.adapter = initial
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.offset = first_round - 1
@@ -93,7 +95,7 @@ class SiteStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Training messages for every site online, once enough of them are.
+        """Training messages for every training site online, once enough of them are.
 
         Raises:
             FederationError: When too few sites come online in time.
@@ -132,8 +134,9 @@ class SiteStrategy(Strategy):
         """Updates and weights of good answers, one at a time; every answer is noted, none kept."""
         self._train = []
         for message in replies:
-            if message.metadata.src_node_id not in self._bytes_down:
-                continue
+            node = message.metadata.src_node_id
+            if node not in self._bytes_down or any(r.node_id == node for r in self._train):
+                continue  # not asked, or answered before
             reply, update = read_train_reply(message, self.shapes)
             self._train.append(reply)
             if update is not None:
@@ -143,11 +146,12 @@ class SiteStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Evaluation messages for the sites that took part, in the rounds that are scored."""
+        """Evaluation messages for the sites that took part, and observers, where one is due."""
         number = server_round + self.offset
         if number % self.policy.evaluate_every and number != self.instruction.rounds:
             return []
-        nodes = [r.node_id for r in self._train]
+        observing = sorted(set(self.observers) & set(grid.get_node_ids()))
+        nodes = [r.node_id for r in self._train] + observing
         return self._messages(server_round, arrays, nodes, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -158,22 +162,24 @@ class SiteStrategy(Strategy):
             server_round=server_round + self.offset,
             adapter=self.adapter,
             train=tuple(self._train),
-            evaluate=tuple(read_evaluate_reply(m) for m in replies),
+            evaluate=self._scored(replies),
             bytes_down=self._bytes_down,
             seconds=time.monotonic() - self._begun,
         )
         self.on_round(outcome)
         return None
 
+    def _scored(self, replies: Iterable[Message]) -> tuple[Reply, ...]:
+        asked = (m for m in replies if m.metadata.src_node_id in self._bytes_down)
+        return tuple({r.node_id: r for r in map(read_evaluate_reply, asked)}.values())
+
     def summary(self) -> None:
         """Nothing: the run writes its own events."""
 
     def _nodes(self, grid: Grid) -> list[int]:
         end = time.monotonic() + self.policy.wait_s
-        while (
-            len(nodes := sorted(self.nodes.keys() & set(grid.get_node_ids())))
-            < self.policy.min_sites
-        ):
+        training = self.nodes.keys() - set(self.observers)
+        while len(nodes := sorted(training & set(grid.get_node_ids()))) < self.policy.min_sites:
             if time.monotonic() > end:
                 raise FederationError(
                     "SAM-F101",

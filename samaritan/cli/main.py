@@ -9,8 +9,11 @@ import typer
 
 from samaritan import __version__
 from samaritan.cli import data, doctor, evaluate, models, predict, simulate
-from samaritan.cli.console import fail
+from samaritan.cli.console import fail, say
 from samaritan.errors import SamaritanError
+
+_INTERRUPTED = 130
+"""The status typer ends with after Ctrl-C."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +48,17 @@ def main() -> None:
     except SamaritanError as error:
         _debug_raise(error)
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("SAM-S900  interrupted\n  hint: finished rounds are kept; go on with --resume.")
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            say("interrupted; finished rounds of a run are kept, go on with --resume")
+        raise
+    except OSError as error:
+        _debug_raise(error)
+        where = f"{error.filename}: " if error.filename else ""
+        fail(
+            f"SAM-S108  {where}{error.strerror or error}\n"
+            "  hint: check the name, the permissions and the free space."
+        )
     except Exception as error:
         _debug_raise(error)
         fail(

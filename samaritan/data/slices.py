@@ -103,17 +103,16 @@ class CaseCache:
     ) -> None:
         self.data, self.classes, self.image_size = data, dict(classes), image_size
         self.budget_bytes = data.cache_mb * 2**20
-        self._held: OrderedDict[str, PreparedCase] = OrderedDict()
+        self._held: OrderedDict[Case, PreparedCase] = OrderedDict()
         self._bytes = 0
 
     def get(self, case: Case) -> PreparedCase:
         """The prepared case, from memory if it is still there."""
-        key = str(case.image)
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        if case in self._held:
+            self._held.move_to_end(case)
+            return self._held[case]
         prepared = prepare_case(case, self.data, self.classes, self.image_size)
-        self._held[key] = prepared
+        self._held[case] = prepared
         self._bytes += prepared.size_bytes
         while self._bytes > self.budget_bytes and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].size_bytes
@@ -129,20 +128,18 @@ class CaseCache:
 def draw_order(cases: int, draws: int, group: int, generator: torch.Generator) -> list[int]:
     """Which case each drawn slice comes from.
 
-    Every case is drawn equally often, in shuffled passes over groups that fit in memory, so that
-    a data set larger than the cache is read once per round and not once per slice.
+    Every case is drawn equally often (where the draws do not divide, some once more), in shuffled
+    passes over groups that fit in memory, so that a data set larger than the cache is read once per
+    round and not once per slice.
     """
     order = torch.randperm(cases, generator=generator).tolist()
-    passes = math.ceil(draws / cases)
+    passes, more = divmod(draws, cases)
     sequence: list[int] = []
     for start in range(0, cases, group):
         members = order[start : start + group]
-        for _ in range(passes):
-            shuffled = torch.randperm(len(members), generator=generator).tolist()
-            sequence += [members[i] for i in shuffled]
-    if len(sequence) > draws:
-        kept = torch.randperm(len(sequence), generator=generator)[:draws].sort().values
-        sequence = [sequence[i] for i in kept.tolist()]
+        for turn in [members] * passes + [members[: max(0, more - start)]]:
+            shuffled = torch.randperm(len(turn), generator=generator).tolist()
+            sequence += [turn[i] for i in shuffled]
     return sequence
 
 
@@ -150,32 +147,34 @@ def batches(
     cache: CaseCache,
     cases: Sequence[Case],
     *,
-    slices_per_case: float,
+    steps: int,
     batch_size: int,
     foreground_fraction: float,
     generator: torch.Generator,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Batches for one round of local training.
 
     Args:
         cache: Reads and holds the cases.
         cases: Labelled training cases of a site.
-        slices_per_case: Slices drawn per case on average.
-        batch_size: Slices per batch; a last incomplete batch is filled up.
+        steps: Number of batches.
+        batch_size: Slices per batch.
         foreground_fraction: Share of slices that touch a structure.
         generator: Decides everything random.
 
     Yields:
-        Images (B, K, H, W) float32 and labels (B, H, W) int64.
+        Images (B, K, H, W) float32, labels (B, H, W) int64, and the volume axis that the slices of
+        each record run along.
     """
-    steps = num_steps(len(cases), slices_per_case, batch_size)
     sequence = draw_order(len(cases), steps * batch_size, cache.group_size(cases), generator)
     for start in range(0, len(sequence), batch_size):
-        pairs = [
-            _draw_slice(cache.get(cases[i]), cache, foreground_fraction, generator)
-            for i in sequence[start : start + batch_size]
-        ]
-        yield torch.stack([p[0] for p in pairs]).float(), torch.stack([p[1] for p in pairs]).long()
+        held = [cache.get(cases[i]) for i in sequence[start : start + batch_size]]
+        pairs = [_draw_slice(case, cache, foreground_fraction, generator) for case in held]
+        yield (
+            torch.stack([image for image, _ in pairs]).float(),
+            torch.stack([label for _, label in pairs]).long(),
+            [case.grid.axis for case in held],
+        )
 
 
 def num_steps(cases: int, slices_per_case: float, batch_size: int) -> int:

@@ -206,7 +206,9 @@ def read_adapter(directory: Path) -> SavedAdapter:
         config = parse_config(card["config"], f"{directory}/samaritan.json")
         base, classes = card["base"], {str(k): int(v) for k, v in card["classes"].items()}
         return SavedAdapter(state, base["name"], base["sha256"], classes, config)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError
+    ) as error:  # fmt: skip
         raise ModelError(
             "SAM-M303",
             f"{directory} is no adapter folder ({type(error).__name__}: {error})",
@@ -259,7 +261,7 @@ def merged_state(model: AdaptedModel) -> AdapterState:
         merged = value.detach().clone()
         if official in layers:
             merged += layers[official].get_delta_weight("default").detach()
-        state[official] = merged
+        state[official] = merged.cpu()
     return state
 
 

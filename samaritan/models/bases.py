@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,15 +80,18 @@ BASES = {
         note="Segment Anything ViT-H (Meta AI, Apache-2.0).",
     ),
     "tiny": Base(
-        width=192, depth=4, heads=6, global_blocks=(0, 1, 2, 3), patch=4, window=0, mlp_ratio=2.0,
-        decoder_width=128, decoder_mlp=256, decoder_heads=4, iou_width=64,
-        image_size=64, relative_positions=False, channels=None,
-        extra_lora=(r"image_encoder\.blocks\.\d+\.mlp\.lin[12]",),
+        width=128, depth=3, heads=8, global_blocks=(0, 1, 2), patch=4, window=0, mlp_ratio=2.0,
+        decoder_width=96, decoder_mlp=128, decoder_heads=4, iou_width=64,
+        image_size=56, channels=None,
+        extra_lora=(
+            r"image_encoder\.blocks\.\d+\.(attn\.proj|mlp\.lin[12])",
+            r"mask_decoder\.transformer\..*\.(k_proj|out_proj)",
+        ),
         extra_train=(
-            r"image_encoder\.patch_embed\.",
-            r"image_encoder\.pos_embed",
-            r"image_encoder\.neck\.",
-            r"image_encoder\.blocks\.\d+\.norm",
+            r"image_encoder\.(patch_embed|pos_embed|neck)",
+            r"image_encoder\.blocks\.\d+\.(norm\d|attn\.rel_pos_[hw]|.*\.bias)",
+            r"mask_decoder\.transformer\.(.*\.mlp\.|.*norm|.*\.bias)",
+            r"prompt_encoder\.no_mask_embed",
         ),
         note=(
             "`tiny` is a randomly initialised miniature of SAM. It exercises the method on a "
@@ -225,12 +229,65 @@ def _pixel_statistics(channels: int) -> dict[str, list[float]]:
 
 
 def initialise(spec: Base, num_classes: int, channels: int = 3) -> Any:
-    """A base without a checkpoint, from the same random numbers on every machine."""
+    """A base without a checkpoint, from the same random numbers on every machine.
+
+    Linear layers of the two transformers are orthogonal, positions are sine waves, and each
+    attention head starts by looking at one neighbouring token, as a convolution does (Cordonnier et
+    al., arXiv 1911.03584): with few data, features that begin local learn faster.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_TINY_SEED)
         sam = construct(spec, num_classes, channels)
-        nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=0.02)
+        for layer in [*sam.image_encoder.blocks.modules(), *sam.mask_decoder.transformer.modules()]:
+            if isinstance(layer, nn.Linear):
+                for part in torch.split(layer.weight.data, layer.in_features):
+                    nn.init.orthogonal_(part)
+                nn.init.zeros_(layer.bias)
+        grid = spec.image_size // spec.patch
+        sam.image_encoder.pos_embed.data = 0.5 * _sine_positions(grid, spec.width)
+        for index, block in enumerate(sam.image_encoder.blocks):
+            _look_at_neighbours(block.attn, index)
     return sam
+
+
+def _sine_positions(grid: int, width: int) -> Tensor:
+    """(1, grid, grid, width): sines and cosines of the row and of the column."""
+    place = torch.arange(grid, dtype=torch.float32)
+    rates = torch.exp(-math.log(100.0) * torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    waves = [f(p[..., None] * rates) for p in (rows, columns) for f in (torch.sin, torch.cos)]
+    return torch.cat(waves, -1)[None]
+
+
+_NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if row or column]
+_SHARPNESS, _BIAS, _CONTENT = 1.5, 4.0, 0.5
+
+
+def _look_at_neighbours(attn: Any, index: int) -> None:
+    """Makes head i of an attention prefer the token at its neighbour i, every third block farther.
+
+    With position tables -d^2 u + d v and a query bias u - 2 o v, the score of a key d tokens
+    before the query is -(d + o)^2 up to a constant: highest for the key at offset o. Content is
+    kept out of the three directions that carry positions.
+    """
+    heads, width = attn.num_heads, attn.proj.in_features
+    d = width // heads
+    square, down, right = torch.linalg.qr(torch.randn(d, d))[0].T[:3]
+    distance = torch.arange(attn.rel_pos_h.shape[0], dtype=torch.float32)
+    distance -= distance.mean()
+    for table, direction in ((attn.rel_pos_h, down), (attn.rel_pos_w, right)):
+        values = torch.outer(distance, direction) - torch.outer(distance**2, square)
+        table.data = values * _SHARPNESS / _BIAS
+    apart = torch.eye(d) - sum(torch.outer(v, v) for v in (square, down, right))
+    weight, bias = attn.qkv.weight.data, attn.qkv.bias.data
+    weight[:width] *= _CONTENT
+    reach = 2 if index % 3 == 2 else 1
+    for head in range(heads):
+        row, column = _NEIGHBOURS[head % len(_NEIGHBOURS)]
+        for start in (head * d, width + head * d):
+            weight[start : start + d] = apart @ weight[start : start + d]
+        offset = square - 2 * reach * (row * down + column * right)
+        bias[head * d : (head + 1) * d] = _BIAS * offset
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,7 +55,7 @@ def read_state(path: Path, expected_sha256: str | None = None) -> dict[str, Tens
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damaged and foreign files make torch's reader raise anything
         raise ModelError(
             "SAM-M203",
             f"checkpoint {path.name} is no plain file of tensors ({type(error).__name__})",
@@ -66,7 +64,9 @@ def read_state(path: Path, expected_sha256: str | None = None) -> dict[str, Tens
     # MedSAM and others wrap the state dict once.
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ModelError(
             "SAM-M203", f"checkpoint {path.name} holds no state dict", "Save `sam.state_dict()`."
         )
@@ -124,12 +124,12 @@ def load_checkpoint(sam: Any, path: Path, expected_sha256: str | None = None) ->
 
 def _fit_tokens(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     held = state.get(_PER_TOKEN[0])
-    if held is None or held.ndim != 2 or held.shape[0] == tokens:
+    if held is None or held.ndim != 2 or held.shape[0] in (0, tokens):
         return state
     source = [i % held.shape[0] for i in range(tokens)]
     fitted = {k: v for k, v in state.items() if not k.startswith(_HYPERNETWORKS)}
     for name in _PER_TOKEN:
-        if name in fitted:
+        if name in fitted and fitted[name].shape[:1] == held.shape[:1]:
             fitted[name] = fitted[name][source]
     for name, value in state.items():
         if name.startswith(_HYPERNETWORKS):

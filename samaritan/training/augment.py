@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ BODY_AXES = {"left-right": 0, "anterior-posterior": 1, "superior-inferior": 2}
 
 
 def augment(
-    images: Tensor, labels: Tensor, slice_axis: int, settings: TrainingConfig,
+    images: Tensor, labels: Tensor, slice_axes: Sequence[int], settings: TrainingConfig,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Augments a batch.
@@ -23,7 +24,7 @@ def augment(
     Args:
         images: (B, K, H, W) float32, 0 to 1.
         labels: (B, H, W) int64.
-        slice_axis: Volume axis the slices run along; rows are the higher other axis.
+        slice_axes: Volume axis that each record's slices run along; rows are the higher other axis.
         settings: Strengths.
         generator: Decides everything random.
 
@@ -33,10 +34,12 @@ def augment(
     b = images.shape[0]
     for name in settings.flip:
         chosen = torch.rand(b, generator=generator) < 0.5
-        dims = mirror_dims(BODY_AXES[name], slice_axis)
-        images = torch.where(chosen[:, None, None, None], images.flip(dims), images)
-        if dims != 1:  # mirroring the context does not move the labelled slice
-            labels = torch.where(chosen[:, None, None], labels.flip(dims - 1), labels)
+        dims = torch.tensor([mirror_dims(BODY_AXES[name], axis) for axis in slice_axes])
+        for dim in set(dims.tolist()):
+            picked = chosen & (dims == dim)
+            images = torch.where(picked[:, None, None, None], images.flip(dim), images)
+            if dim != 1:  # mirroring the context does not move the labelled slice
+                labels = torch.where(picked[:, None, None], labels.flip(dim - 1), labels)
     if settings.rotate_degrees or settings.scale_fraction or settings.shift_fraction:
         images, labels = _affine(images, labels, settings, generator)
     if settings.intensity_fraction:
@@ -55,14 +58,17 @@ def mirror_dims(body_axis: int, slice_axis: int) -> int:
 def _affine(
     images: Tensor, labels: Tensor, settings: TrainingConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    b = images.shape[0]
+    b, _, h, w = images.shape
     angle, grow, right, down = (2 * torch.rand(4, b, generator=generator) - 1).unbind()
     angle = angle * math.radians(settings.rotate_degrees)
     scale = torch.exp(grow * math.log1p(settings.scale_fraction))
     shift = torch.stack([right, down], 1) * 2 * settings.shift_fraction
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(b, 2, 3)
-    grid = F.affine_grid(theta, [b, 1, *images.shape[-2:]], align_corners=False)
+    # The grid's units are half sides, (x, y); the ratio keeps right angles on a rectangle.
+    theta = torch.stack(
+        [cos, -sin * h / w, shift[:, 0], sin * w / h, cos, shift[:, 1]], 1
+    ).view(b, 2, 3)  # fmt: skip
+    grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
     return images, moved[:, 0].long()

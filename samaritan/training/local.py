@@ -91,35 +91,34 @@ def train_locally(
         model.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     loss_of = SegmentationLoss(settings.dice_weight)
-    axis = cache.get(cases[0]).grid.axis
     device = model.segmenter.device
     losses: list[float] = []
     model.segmenter.train()
     feed = batches(
         cache,
         cases,
-        slices_per_case=total * settings.batch_size / len(cases),
+        steps=total,
         batch_size=settings.batch_size,
         foreground_fraction=settings.foreground_fraction,
         generator=generator,
     )
-    for step, (images, labels) in enumerate(feed, 1):
-        images, labels = augment(images, labels, axis, settings, generator)
+    for step, (images, labels, axes) in enumerate(feed, 1):
+        images, labels = augment(images, labels, axes, settings, generator)
         rate = learning_rate(step, total, schedule, settings)
         for group in optimiser.param_groups:
             group["lr"] = rate
         loss = loss_of(model.segmenter(images.to(device)), labels.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.trained.values(), settings.clip_norm)
-        optimiser.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.trained.values(), settings.clip_norm)
         losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
             raise TrainingError(
                 "SAM-T102",
-                f"the loss is {losses[-1]} at step {step} of {total}",
+                f"the loss is {losses[-1]}, its gradient {float(norm)}, at step {step} of {total}",
                 "Lower training.learning_rate, or run `samaritan data check`.",
             )
+        optimiser.step()
         if time.monotonic() - begun > timeout_s and step < total:
             raise TrainingError(
                 "SAM-T103",

@@ -77,12 +77,12 @@ def _score(
 ) -> Scores:
     if not predicted.any() and not true.any():
         return Scores(math.nan, math.nan, math.nan)
-    if not predicted.any() or not true.any():
-        diagonal = math.dist((0, 0, 0), np.multiply(true.shape, spacing_mm))
-        return Scores(0.0, diagonal, 0.0)
     dice = 2.0 * float((predicted & true).sum()) / float(predicted.sum() + true.sum())
     if not surfaces:
         return Scores(dice, math.nan, math.nan)
+    if not predicted.any() or not true.any():
+        diagonal = math.dist((0, 0, 0), np.multiply(true.shape, spacing_mm))
+        return Scores(dice, diagonal, 0.0)
     box = _box(predicted | true)
     pair = [torch.from_numpy(m[box].astype(np.float32))[None, None] for m in (predicted, true)]
     with warnings.catch_warnings():  # MONAI warns of its own deprecated call
