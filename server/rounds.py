@@ -12,7 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from samaritan.config import Config, config_sha256
-from samaritan.errors import StorageError
+from samaritan.errors import FederationError, StorageError
 from samaritan.models.adapter import AdapterState
 from samaritan.training.metrics import mean
 from samaritan.wire import Instruction, to_arrays
@@ -107,10 +107,14 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
             state.server_round + 1,
             progress.close_round,
         )  # fmt: skip
-        logging.getLogger("flwr").setLevel(logging.WARNING)
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # the run writes its own events
         # Every site may take its time one after the other, as they do in one process.
         timeout = config.federation.round_timeout_s * len(roll.present)
-        strategy.start(grid, to_arrays(state.adapter), num_rounds=left, timeout=timeout)
+        try:
+            strategy.start(grid, to_arrays(state.adapter), num_rounds=left, timeout=timeout)
+        except FederationError as error:
+            append_event(federation.events, "run_failed", code=error.code)
+            raise
         state = progress.state
     append_event(federation.events, "run_finished", rounds=state.server_round)
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import importlib.util
 import os
 from dataclasses import replace
@@ -66,6 +67,7 @@ def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -
     import torch
     from flwr.simulation import run_simulation
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # its notice that run_simulation is old
     finished: list[Checkpoint] = []
     faults: list[Exception] = []
 

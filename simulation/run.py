@@ -142,7 +142,7 @@ def simulate(
     if baselines:
         reference = run_baselines(study, model, cache, initial, steps, watch.note)
     summary = _summary(study, model, agents, state, results, reference, engine) | {
-        "cost": _cost(state, agents, time.monotonic() - begun, federated_seconds)
+        "cost": _cost(state, agents, engine, time.monotonic() - begun, federated_seconds)
     }
     _write_json(run_dir / "summary.json", summary)
     append_event(
@@ -368,7 +368,7 @@ def _gain(final: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, 
 
 
 def _cost(
-    state: Checkpoint, agents: Sequence[SiteAgent], wall: float, federated: float
+    state: Checkpoint, agents: Sequence[SiteAgent], engine: str, wall: float, federated: float
 ) -> dict[str, Any]:
     sites = [s for r in state.history for s in r["sites"].values()]
     # The same weights in memory are one copy, however many agents hold them.
@@ -382,7 +382,9 @@ def _cost(
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes_up": sum(s["bytes_up"] for s in sites),
         "bytes_down": sum(s["bytes_down"] for s in sites),
-        "frozen_base_copies": len(bases),
+        # Ray workers hold copies of their own, which this process cannot see.
+        "frozen_base_copies": len(bases) if engine == "inprocess" else None,
+        "steps": sum(s["steps"] or 0 for s in sites),
         "overhead_seconds_per_round": overhead_seconds(state.history),
         "hardware": _hardware(),
     }

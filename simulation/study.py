@@ -112,6 +112,13 @@ def read_study(config: Config, data_dir: Path) -> Study:
                 f"site {site} has no training case",
                 "Mark cases `train` in the manifest's split column, or leave the column out.",
             )
+    for case in study.cases(TRAIN) + study.cases(VALIDATION):
+        if case.label is None:
+            raise DataError(
+                "SAM-D116",
+                f"case {case.case_id} is in split {case.split} and has no label",
+                "Add its label, or take the case out of the split.",
+            )
     wanted = config.federation.min_sites or 1
     if wanted > len(study.training_sites):
         raise ConfigError(
@@ -145,7 +152,7 @@ def check_study(
         raise DataError(
             first.code,
             first.message + more,
-            f"{first.hint} `samaritan data check` lists every fault.",
+            f"{first.hint} `samaritan data check` lists every fault of the files.",
         )
 
 

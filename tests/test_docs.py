@@ -15,6 +15,7 @@ import typer
 from click import Command, Group
 
 from samaritan.cli.main import app
+from samaritan.config import config_keys
 from samaritan.errors import SamaritanError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,8 @@ RAISED = re.compile(r"""["'](SAM-[A-Z]\d{3})(?=["' ])""")
 
 SHARED_CODES = {
     "SAM-D102": {"samaritan/data/volume.py", "samaritan/data/checks.py"},
+    "SAM-D114": {"samaritan/data/checks.py", "samaritan/data/slices.py"},
+    "SAM-D116": {"samaritan/data/slices.py", "samaritan/training/evaluate.py"},
     "SAM-D304": {"samaritan/data/checks.py", "simulation/study.py"},
     "SAM-S101": {"server/checkpoints.py", "simulation/run.py"},
 }
@@ -110,6 +113,22 @@ def test_commands_exist(page: Path) -> None:
         check_command(line)
 
 
+NOT_YET: set[str] = set()
+"""Commands that a hint names and that do not exist; make them or mend the hint, then empty this."""
+
+
+def test_commands_named_in_hints_exist() -> None:
+    missing = set()
+    for path in SOURCES:
+        text = re.sub(r"\"\s*f?\"", "", path.read_text("utf-8"))  # strings over several lines
+        for line in re.findall(r"`(samaritan [^`{}]+)`", text):
+            try:
+                check_command(" ".join(line.split()))
+            except AssertionError:
+                missing.add(line)
+    assert missing == NOT_YET
+
+
 def test_every_configuration_opens_with_its_command() -> None:
     assert CONFIGS
     for path in CONFIGS:
@@ -125,7 +144,6 @@ def test_every_configuration_opens_with_its_command() -> None:
         "samaritan simulate configs/none.yaml",
         "samaritan simulate configs/demo.yaml --set rounds",
         "samaritan simulate configs/demo.yaml --set round=3",
-        "samaritan simulate",
         "samaritan data DIR",
         "samaritan evaluate --adapter",
         "samaritan doctor here",
@@ -143,8 +161,9 @@ def test_every_dependency_is_named_in_the_notices() -> None:
     for extra in project["optional-dependencies"].values():
         listed += extra
     notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text("utf-8")
-    named = set(re.findall(r"^\| ([A-Za-z0-9-]+) \|", notices, re.MULTILINE)) - {"Package"}
-    assert named == {re.split(r"[^A-Za-z0-9-]", item, maxsplit=1)[0] for item in listed}
+    named = set(re.findall(r"^\| ([A-Za-z][A-Za-z0-9-]*) \|", notices, re.MULTILINE)) - {"Package"}
+    needed = {re.split(r"[^A-Za-z0-9-]", item, maxsplit=1)[0] for item in listed}
+    assert named == needed - {"samaritan"}
 
 
 def test_documents_claim_nothing_they_cannot_show() -> None:
@@ -171,10 +190,11 @@ def commands(page: Path) -> Iterator[str]:
     """The commands of a page: lines of its shell blocks, and inline code."""
     text = page.read_text("utf-8").replace("\\\n", " ")
     if page.suffix == ".yaml":
-        yield from re.findall(r"^#\s*((?:samaritan|make) .+)$", text, re.MULTILINE)
+        for line in re.findall(r"^#\s*((?:samaritan|make) .+)$", text, re.MULTILINE):
+            yield re.sub(r"[\[\]]", "", line)  # [--option] may be left out
         return
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if language in ("sh", "bash", "console", "shell"):
+        if language in ("", "sh", "bash", "console", "shell"):
             lines = [line.strip().removeprefix("$ ") for line in block.splitlines()]
             yield from (line for line in lines if is_command(line))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -203,40 +223,28 @@ def check_command(line: str) -> None:
 
 
 def check_arguments(command: Command, rest: list[str], line: str) -> None:
+    """Options exist and have values, files exist; a command that is only named needs nothing."""
     options = {name: p for p in command.params for name in p.opts if name.startswith("-")}
-    most = sum(p.param_type_name == "argument" for p in command.params)
     plain: list[str] = []
-    given: set[str] = set()
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
             plain.append(word)
-            continue
-        assert word in {*options, "--help"}, f"{line}: there is no option {word}"
-        given.add(word)
-        if word == "--help" or getattr(options[word], "is_flag", False):
-            continue
-        assert rest, f"{line}: {word} needs a value"
-        value = rest.pop(0)
-        if word == "--set":
-            check_override(value, line)
-    if "--help" in given or (not plain and not given and isinstance(command, Group)):
-        return
-    if not isinstance(command, Group):
-        check_counts(command, plain, given, most, line)
-
-
-def check_counts(command: Command, plain: list[str], given: set[str], most: int, line: str) -> None:
+        elif word != "--help":
+            assert word in options, f"{line}: there is no option {word}"
+            if not getattr(options[word], "is_flag", False):
+                assert rest, f"{line}: {word} needs a value"
+                value = rest.pop(0)
+                if word == "--set":
+                    check_override(value, line)
+    most = sum(p.param_type_name == "argument" for p in command.params)
     assert len(plain) <= most, f"{line}: too many arguments"
-    # A command that is only named, as in a sentence, needs no arguments.
     for name in plain:
         if name.startswith("configs/"):
             assert (ROOT / name).is_file(), f"{line}: there is no {name}"
 
 
 def check_override(value: str, line: str) -> None:
-    from samaritan.config import config_keys
-
     key, equals, _ = value.partition("=")
     assert equals, f"{line}: --set {value} is not key=value"
     assert key in {*config_keys(), "key"}, f"{line}: there is no key {key}"

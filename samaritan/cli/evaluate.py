@@ -33,7 +33,7 @@ def evaluate(
     from samaritan.errors import DataError
     from samaritan.models.adapter import image_size, load_adapted, read_adapter
     from samaritan.report.summary import nnunet_summary
-    from samaritan.training.evaluate import CaseScores, evaluate_cases, label_values
+    from samaritan.training.evaluate import CaseScores, evaluate_cases, to_label_values
 
     saved = read_adapter(adapter)
     config = saved.config
@@ -54,7 +54,7 @@ def evaluate(
         if out is not None:
             predictions[case_id] = f"{case_id}.nii.gz"
             path = out / predictions[case_id]
-            write_label_map(path, label_values(indices, saved.classes), prepared.native)
+            write_label_map(path, to_label_values(indices, saved.classes), prepared.native)
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

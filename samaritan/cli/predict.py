@@ -25,7 +25,7 @@ def predict(
     from samaritan.data.slices import CaseCache
     from samaritan.data.volume import write_label_map
     from samaritan.models.adapter import image_size, load_adapted, read_adapter
-    from samaritan.training.evaluate import label_values, predict_indices
+    from samaritan.training.evaluate import to_label_values, predict_indices
 
     pairs = _pairs(source, target)
     saved = read_adapter(adapter)
@@ -39,7 +39,7 @@ def predict(
             settings = saved.config.evaluation
             indices = predict_indices(model.segmenter, prepared, cache, settings)
             label.parent.mkdir(parents=True, exist_ok=True)
-            write_label_map(label, label_values(indices, saved.classes), prepared.native)
+            write_label_map(label, to_label_values(indices, saved.classes), prepared.native)
     finally:
         progress.stop()
     legend = ", ".join(f"{value} {name}" for name, value in saved.classes.items())

@@ -274,7 +274,7 @@ def _check_site(site: str, cases: Sequence[Case]) -> list[Finding]:
             "SAM-D304",
             "",
             f"site {site} has no case for {' or '.join(lacking)}: {found}",
-            "Fine for a site that only tests. Otherwise `samaritan data split` assigns splits by "
+            "Fine for a site that only tests. Otherwise leave the split column out to split by "
             "person; a site needs two people for that.",
         )
     ]

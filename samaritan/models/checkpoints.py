@@ -123,13 +123,14 @@ def load_checkpoint(sam: Any, path: Path, expected_sha256: str | None = None) ->
 
 
 def _fit_tokens(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    held = state.get(_PER_TOKEN[0])
-    if held is None or held.ndim != 2 or held.shape[0] in (0, tokens):
+    rows = {state[name].shape[:1] for name in _PER_TOKEN if name in state}
+    held = next(iter(rows), None)
+    if len(rows) != 1 or not held or held[0] in (0, tokens):
         return state
-    source = [i % held.shape[0] for i in range(tokens)]
+    source = [i % held[0] for i in range(tokens)]
     fitted = {k: v for k, v in state.items() if not k.startswith(_HYPERNETWORKS)}
     for name in _PER_TOKEN:
-        if name in fitted and fitted[name].shape[:1] == held.shape[:1]:
+        if name in fitted:
             fitted[name] = fitted[name][source]
     for name, value in state.items():
         if name.startswith(_HYPERNETWORKS):

@@ -153,7 +153,7 @@ def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
     return class_indices(volume.array, cache.classes, case.case_id)
 
 
-def label_values(indices: NDArray[np.uint8], classes: Mapping[str, int]) -> NDArray[np.uint16]:
+def to_label_values(indices: NDArray[np.uint8], classes: Mapping[str, int]) -> NDArray[np.uint16]:
     """Class indices back to the label values of the dataset."""
     values: NDArray[np.uint16] = np.array([0, *classes.values()], dtype=np.uint16)[indices]
     return values

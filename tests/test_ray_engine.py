@@ -1,0 +1,50 @@
+"""Flower's own simulation engine runs the same apps to the same adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from samaritan.config import Config, load_config
+from samaritan.errors import FederationError
+from simulation.run import simulate
+
+OVERRIDES = [
+    "rounds=2",
+    "data.sites=2",
+    "data.cases_per_site=3",
+    "training.slices_per_case=4",
+    "model.image_size=32",
+]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(Path("configs/demo.yaml"), OVERRIDES)
+
+
+def test_ray_and_in_process_agree_to_the_last_bit(config: Config, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra samaritan[ray] is not installed")
+    summaries = {e: simulate(config, tmp_path / e, engine=e) for e in ("inprocess", "ray")}
+    adapters = [
+        (tmp_path / e / "adapter/adapter_model.safetensors").read_bytes() for e in summaries
+    ]
+    assert adapters[0] == adapters[1]
+    assert summaries["ray"]["engine"] == "ray"
+    for name in ("rounds", "final"):
+        ours, theirs = summaries["inprocess"][name], summaries["ray"][name]
+        if name == "final":
+            assert ours == theirs
+        else:
+            assert [r["dice_mean"] for r in ours] == [r["dice_mean"] for r in theirs]
+
+
+def test_a_fault_inside_the_ray_engine_comes_out_as_itself(config: Config, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra samaritan[ray] is not installed")
+    training = config.training.model_copy(update={"learning_rate": 1e30})
+    wrong = config.model_copy(update={"training": training})
+    with pytest.raises(FederationError) as caught:
+        simulate(wrong, tmp_path / "run", engine="ray")
+    assert caught.value.code == "SAM-F102"
+    assert "SAM-T102" in caught.value.message

@@ -1,0 +1,308 @@
+"""How updates combine, and what the server makes of any answer a site may send."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from samaritan.errors import ConfigError, FederationError
+from samaritan.wire import Instruction, content, to_arrays
+from simulation.grid import InProcessGrid
+from strategies.fedavg import fedavg
+from strategies.replies import read_evaluate_reply, read_train_reply
+from strategies.rules import RULES, get_rule
+from strategies.site_strategy import RoundPolicy, SiteStrategy, default_quorum
+
+InProcessGrid(ClientApp(), 0)  # sets who this process is; Flower makes no Message before
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+METRICS = {"num-examples": 3, "train-loss": 0.5, "steps": 2, "seconds": 0.1}
+PLANTED = "/secret/patient_007"
+
+
+def random_update(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: torch.from_numpy((rng.normal(size=shape) * scale).astype(np.float32))
+        for name, shape in SHAPES.items()
+    }
+
+
+def ones(value=1.0):
+    return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
+
+
+# FedAvg.
+
+
+def test_fedavg_is_the_weighted_mean_in_float64():
+    updates, weights = [random_update(i, 10.0**i) for i in range(5)], [1, 7, 2, 40, 3]
+    mean = fedavg(zip(updates, weights, strict=True))
+    for name in SHAPES:
+        stack = np.stack([u[name].numpy().astype(np.float64) for u in updates])
+        expected = np.average(stack, axis=0, weights=weights).astype(np.float32)
+        np.testing.assert_allclose(mean[name].numpy(), expected, rtol=1.2e-7)
+        assert mean[name].dtype == torch.float32
+
+
+def test_fedavg_does_not_lose_small_updates_beside_large_ones():
+    mean = fedavg([(ones(1e8), 1), (ones(1.0), 1), (ones(-1e8), 1)])
+    assert torch.allclose(mean["a"], torch.full((2, 3), 1 / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sites", [1, 3, 10])
+def test_equal_updates_average_to_themselves(sites):
+    update = random_update(0)
+    mean = fedavg([(update, 1 + i) for i in range(sites)])
+    assert all(torch.allclose(mean[n], update[n], rtol=1.2e-7, atol=0) for n in SHAPES)
+
+
+def test_only_the_proportion_of_weights_counts():
+    updates = [random_update(i) for i in range(3)]
+    small = fedavg(zip(updates, [1, 2, 3], strict=True))
+    large = fedavg(zip(updates, [1e6, 2e6, 3e6], strict=True))
+    assert all(torch.allclose(small[n], large[n], rtol=1.2e-7) for n in SHAPES)
+
+
+def test_the_mean_does_not_depend_on_the_order_of_sites():
+    pairs = [(random_update(i, 10.0 ** (i - 3)), 1 + i) for i in range(6)]
+    forward, backward = fedavg(pairs), fedavg(reversed(pairs))
+    assert all(torch.allclose(forward[n], backward[n], rtol=1.2e-7, atol=0) for n in SHAPES)
+
+
+def test_no_update_gives_no_mean_and_inputs_stay_as_they_were():
+    assert fedavg([]) == {}
+    update = ones()
+    fedavg([(update, 2.0), (ones(3.0), 1.0)])
+    assert torch.equal(update["a"], torch.ones(2, 3))
+
+
+def test_an_unknown_rule_lists_the_rules():
+    with pytest.raises(ConfigError) as caught:
+        get_rule("magic")
+    assert all(name in caught.value.hint for name in RULES)
+
+
+# Replies.
+
+
+def reply(records=None, error=None):
+    question = Message(content(), message_type="train", dst_node_id=5)
+    question.metadata.__dict__.update(_message_id="m", _run_id=1, _src_node_id=1)
+    if error is not None:
+        return Message(error, reply_to=question)
+    return Message(records, reply_to=question)
+
+
+def train_reply(update=None, metrics=None):
+    update = ones() if update is None else update
+    arrays = update if isinstance(update, ArrayRecord) else to_arrays(update)
+    return reply(content(arrays, metrics=METRICS | (metrics or {})))
+
+
+def without(name):
+    return {n: t for n, t in ones().items() if n != name}
+
+
+def with_value(value):
+    update = ones()
+    update["a"][1, 2] = value
+    return update
+
+
+def junk():
+    records = RecordDict()
+    records["arrays"] = ConfigRecord({PLANTED: PLANTED})
+    records[PLANTED] = MetricRecord({PLANTED: [1, 2]})
+    return records
+
+
+def listed_metrics():
+    records = content(to_arrays(ones()))
+    records["metrics"] = MetricRecord({"num-examples": [1, 2], "train-loss": 0.5})
+    return records
+
+
+BAD_ANSWERS = {
+    "error": (reply(error=Error(code=2, reason=f"<ValueError>:<'{PLANTED}'>")), "failed: error 2"),
+    "coded error": (reply(error=Error(code=2, reason="x SAM-T102 y")), "failed: SAM-T102"),
+    "error without text": (reply(error=Error(code=3)), "failed: error 3"),
+    "no arrays": (reply(content(metrics=METRICS)), "unreadable"),
+    "no metrics": (reply(content(to_arrays(ones()))), "unreadable"),
+    "nothing": (reply(RecordDict()), "unreadable"),
+    "junk": (reply(junk()), "unreadable"),
+    "metrics in lists": (reply(listed_metrics()), "unreadable"),
+    "float64": (train_reply(ArrayRecord({"a": Array(np.zeros((2, 3)))})), "unreadable"),
+    "missing tensor": (train_reply(without("a")), "missing a"),
+    "extra tensor": (train_reply(ones() | {PLANTED: torch.ones(1)}), "1 unknown tensors"),
+    "renamed tensor": (train_reply(without("a") | {"A": torch.ones(2, 3)}), "1 unknown tensors"),
+    "wrong shape": (train_reply(ones() | {"a": torch.ones(3, 2)}), "a is (3, 2) instead of (2, 3)"),
+    "NaN": (train_reply(with_value(math.nan)), "a is not finite"),
+    "infinite": (train_reply(with_value(math.inf)), "a is not finite"),
+    "no examples": (train_reply(metrics={"num-examples": 0}), "num-examples is 0"),
+    "negative examples": (train_reply(metrics={"num-examples": -3}), "num-examples is -3"),
+    "NaN examples": (train_reply(metrics={"num-examples": math.nan}), "num-examples is nan"),
+    "too many examples": (train_reply(metrics={"num-examples": 1e12}), "num-examples is 1e+12"),
+    "NaN loss": (train_reply(metrics={"train-loss": math.nan}), "train-loss is nan"),
+    "infinite seconds": (train_reply(metrics={"seconds": math.inf}), "seconds is inf"),
+    "negative steps": (train_reply(metrics={"steps": -1}), "steps is -1"),
+    "missing loss": (
+        reply(content(to_arrays(ones()), metrics={"num-examples": 1})),
+        "train-loss is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_a_bad_answer_gets_a_status_and_no_update(case):
+    message, expected = BAD_ANSWERS[case]
+    noted, update = read_train_reply(message, SHAPES)
+    assert update is None
+    assert not noted.ok
+    assert expected in noted.status
+    assert noted.node_id == 5
+    assert noted.metrics == {}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_nothing_a_site_words_itself_is_in_a_status(case):
+    noted, _ = read_train_reply(BAD_ANSWERS[case][0], SHAPES)
+    assert "secret" not in noted.status
+    assert "patient" not in noted.status
+    assert len(noted.status) < 100
+
+
+def test_a_good_answer_keeps_its_update_and_only_known_metrics():
+    message = train_reply(random_update(1), {PLANTED: 1.0})
+    noted, update = read_train_reply(message, SHAPES)
+    assert noted.ok
+    assert set(noted.metrics) == set(METRICS)
+    assert all(torch.equal(update[n], random_update(1)[n]) for n in SHAPES)
+    assert noted.size_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "status"),
+    [
+        ({"dice": 2.0, "num-cases": 1}, "dice is 2"),
+        ({"dice": -0.1, "num-cases": 1}, "dice is -0.1"),
+        ({"dice": math.nan, "num-cases": 1}, "dice is nan"),
+        ({"dice": 0.5, "num-cases": -1}, "num-cases is -1"),
+        ({"dice": 0.5, "num-cases": math.inf}, "num-cases is inf"),
+        ({"dice": 0.5}, "num-cases is missing"),
+        (None, "unreadable"),
+    ],
+)
+def test_a_bad_score_gets_a_status(metrics, status):
+    noted = read_evaluate_reply(reply(content(metrics=metrics)))
+    assert not noted.ok
+    assert status in noted.status
+
+
+def test_a_site_without_validation_cases_has_no_score_and_is_fine():
+    noted = read_evaluate_reply(reply(content(metrics={"num-cases": 0, "seconds": 0.1})))
+    assert noted.ok
+    assert "dice" not in noted.metrics
+
+
+# One round of the strategy.
+
+
+class Nodes:
+    """A Grid of which only the list of nodes is used."""
+
+    def __init__(self, *nodes):
+        self.nodes = nodes
+
+    def get_node_ids(self):
+        return self.nodes
+
+
+def strategy(on_round=lambda outcome: None, min_sites=2, wait_s=0.3, example_weights=True):
+    policy = RoundPolicy(min_sites, wait_s, example_weights, evaluate_every=1)
+    return SiteStrategy(
+        {5: "five", 6: "six", 7: "seven"},
+        (),
+        fedavg,
+        policy,
+        Instruction(0, 3, "c", "b", 10.0),
+        ones(0.0),
+        1,
+        on_round,
+    )
+
+
+def asked(made, grid):
+    return list(made.configure_train(1, to_arrays(ones(0.0)), ConfigRecord(), grid))
+
+
+def answer(question, update=None, metrics=None):
+    question.metadata.__dict__.update(_message_id="m", _run_id=1, _src_node_id=1)
+    update = ones() if update is None else update
+    return Message(content(to_arrays(update), metrics=METRICS | (metrics or {})), reply_to=question)
+
+
+def test_nodes_that_are_not_approved_are_never_asked():
+    messages = asked(strategy(), Nodes(5, 6, 7, 8, 9))
+    assert [m.metadata.dst_node_id for m in messages] == [5, 6, 7]
+
+
+def test_too_few_nodes_end_the_wait_with_a_clear_error():
+    with pytest.raises(FederationError, match="1 sites are online") as caught:
+        asked(strategy(), Nodes(5, 8, 9))
+    assert caught.value.code == "SAM-F101"
+
+
+@pytest.mark.parametrize(("by_examples", "expected"), [(True, 2.5), (False, 2.0)])
+def test_answers_weigh_by_examples_or_equally(by_examples, expected):
+    made = strategy(example_weights=by_examples)
+    first, second, _ = asked(made, Nodes(5, 6, 7))
+    made.aggregate_train(
+        1,
+        [
+            answer(first, ones(1.0), {"num-examples": 1}),
+            answer(second, ones(3.0), {"num-examples": 3}),
+        ],
+    )
+    assert torch.allclose(made.adapter["b"], torch.full((4,), expected))
+
+
+def test_an_answer_given_twice_counts_once():
+    made = strategy()
+    first, second, _ = asked(made, Nodes(5, 6, 7))
+    loud = answer(first, ones(10.0))
+    made.aggregate_train(1, [loud, loud, loud, answer(second, ones(0.0))])
+    assert torch.allclose(made.adapter["a"], torch.full((2, 3), 5.0))
+
+
+def test_answers_of_strangers_count_neither_in_training_nor_in_scores():
+    outcomes = []
+    made = strategy(outcomes.append)
+    first, second, _ = asked(made, Nodes(5, 6, 7))
+    stranger = Message(content(), message_type="train", dst_node_id=99)
+    score = {"dice": 1.0, "num-cases": 1}
+    made.aggregate_train(1, [answer(first), answer(second), answer(stranger, ones(100.0))])
+    made.aggregate_evaluate(1, [answer(first, metrics=score), answer(stranger, metrics=score)])
+    assert torch.equal(made.adapter["a"], torch.ones(2, 3))
+    assert [r.node_id for r in outcomes[0].evaluate] == [5]
+
+
+def test_too_few_usable_answers_end_the_run_and_name_each_site():
+    made = strategy()
+    first, second, _ = asked(made, Nodes(5, 6, 7))
+    with pytest.raises(FederationError) as caught:
+        made.aggregate_train(1, [answer(first), answer(second, with_value(math.nan))])
+    assert caught.value.code == "SAM-F102"
+    assert "1 usable answers, 2 needed" in caught.value.message
+    assert "six refused: a is not finite" in caught.value.message
+    assert "seven failed: no answer in time" in caught.value.message
+
+
+@pytest.mark.parametrize(("sites", "quorum"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
+def test_the_default_quorum_is_more_than_half(sites, quorum):
+    assert default_quorum(sites) == quorum
