@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 import importlib.util
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path

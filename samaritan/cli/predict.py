@@ -25,7 +25,7 @@ def predict(
     from samaritan.data.slices import CaseCache
     from samaritan.data.volume import write_label_map
     from samaritan.models.adapter import image_size, load_adapted, read_adapter
-    from samaritan.training.evaluate import to_label_values, predict_indices
+    from samaritan.training.evaluate import predict_indices, to_label_values
 
     pairs = _pairs(source, target)
     saved = read_adapter(adapter)

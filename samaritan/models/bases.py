@@ -80,7 +80,7 @@ BASES = {
         note="Segment Anything ViT-H (Meta AI, Apache-2.0).",
     ),
     "tiny": Base(
-        width=128, depth=3, heads=8, global_blocks=(0, 1, 2), patch=4, window=0, mlp_ratio=2.0,
+        width=128, depth=3, heads=4, global_blocks=(0, 1, 2), patch=4, window=0, mlp_ratio=2.0,
         decoder_width=96, decoder_mlp=128, decoder_heads=4, iou_width=64,
         image_size=56, channels=None,
         extra_lora=(
@@ -259,12 +259,17 @@ def _sine_positions(grid: int, width: int) -> Tensor:
     return torch.cat(waves, -1)[None]
 
 
-_NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if row or column]
+_OFFSETS = (
+    ((-1, 0), (1, 0), (0, -1), (0, 1)),
+    ((-1, -1), (-1, 1), (1, -1), (1, 1)),
+    ((-2, 0), (2, 0), (0, -2), (0, 2)),
+)
+"""(row, column) offsets the heads begin with, one tuple per block in turn."""
 _SHARPNESS, _BIAS, _CONTENT = 1.5, 4.0, 0.5
 
 
 def _look_at_neighbours(attn: Any, index: int) -> None:
-    """Makes head i of an attention prefer the token at its neighbour i, every third block farther.
+    """Makes each head of an attention prefer the token at one offset.
 
     With position tables -d^2 u + d v and a query bias u - 2 o v, the score of a key d tokens
     before the query is -(d + o)^2 up to a constant: highest for the key at offset o. Content is
@@ -281,13 +286,12 @@ def _look_at_neighbours(attn: Any, index: int) -> None:
     apart = torch.eye(d) - sum(torch.outer(v, v) for v in (square, down, right))
     weight, bias = attn.qkv.weight.data, attn.qkv.bias.data
     weight[:width] *= _CONTENT
-    reach = 2 if index % 3 == 2 else 1
+    offsets = _OFFSETS[index % len(_OFFSETS)]
     for head in range(heads):
-        row, column = _NEIGHBOURS[head % len(_NEIGHBOURS)]
+        row, column = offsets[head % len(offsets)]
         for start in (head * d, width + head * d):
             weight[start : start + d] = apart @ weight[start : start + d]
-        offset = square - 2 * reach * (row * down + column * right)
-        bias[head * d : (head + 1) * d] = _BIAS * offset
+        bias[head * d : (head + 1) * d] = _BIAS * (square - 2 * (row * down + column * right))
 
 
 def count_parameters(module: nn.Module) -> int:

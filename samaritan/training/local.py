@@ -88,7 +88,10 @@ def train_locally(
     begun = time.monotonic()
     total = steps or num_steps(len(cases), settings.slices_per_case, settings.batch_size)
     optimiser = torch.optim.AdamW(
-        model.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.trained.values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     loss_of = SegmentationLoss(settings.dice_weight)
     device = model.segmenter.device
