@@ -95,7 +95,8 @@ class DataConfig(Section):
             not value or min(value.values()) < 1 or len(set(value.values())) != len(value)
         ):
             raise ValueError("needs one structure or more, with distinct label values from 1 on")
-        return value
+        # The order decides which output of the model a structure gets; equal hash, equal order.
+        return value and dict(sorted(value.items(), key=lambda item: item[1]))
 
 
 class TrainingConfig(Section):

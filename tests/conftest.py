@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ _MINI: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def vit_b_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Path:
+def vit_b_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Iterator[Path]:
     """A checkpoint with the names and shapes of SAM ViT-B and random values (375 MB)."""
     import torch
     from safetensors.torch import save_file
@@ -165,7 +165,8 @@ def vit_b_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Path
     randomise(sam, 6)
     path = tmp_path_factory.mktemp("vit_b") / "vit_b.safetensors"
     save_file(sam.state_dict(), path)
-    return path
+    yield path
+    path.unlink()  # pytest keeps the folders of three sessions
 
 
 ROOT = Path(__file__).resolve().parents[1]

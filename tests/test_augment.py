@@ -156,7 +156,10 @@ def test_intensity_changes_leave_the_label_alone() -> None:
 
 
 def test_the_generator_decides() -> None:
-    images, strong = torch.rand((4, 3, 16, 16), generator=generator(6)), TrainingConfig()
+    images, strong = (
+        torch.rand((4, 3, 16, 16), generator=generator(6)),
+        TrainingConfig(flip=("left-right",)),
+    )
     labels = (images[:, 1] > 0.5).long()
     one, same, other = (
         augment(images, labels, [2] * 4, strong, generator(s))[0] for s in (1, 1, 2)

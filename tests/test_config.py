@@ -140,6 +140,13 @@ def test_the_hash_does_not_depend_on_the_order_of_keys_but_on_every_value():
     assert config_sha256(parse_config(tree | {"peft": {"rank": 5}})) not in hashes
 
 
+def test_classes_come_in_the_order_of_their_values_however_they_were_written():
+    one = parse_config({"data": {"classes": {"liver": 2, "kidney": 1}}})
+    other = parse_config({"data": {"classes": {"kidney": 1, "liver": 2}}})
+    assert list(one.data.classes) == list(other.data.classes) == ["kidney", "liver"]
+    assert config_sha256(one) == config_sha256(other)
+
+
 def test_a_dumped_configuration_loads_to_the_same_hash(tmp_path):
     config = parse_config(
         {

@@ -89,7 +89,7 @@ def test_every_voxel_comes_back_to_its_place(
 def test_volumes_of_many_slices_are_put_together(
     write_pair: Callable[..., tuple[Path, Path]],
 ) -> None:
-    image = (np.random.default_rng(1).random((9, 8, 75)) > 0.6).astype(np.float32)
+    image = (np.random.default_rng(1).random((9, 8, 65)) > 0.6).astype(np.float32)
     paths = write_pair("long", image=image, label=image.astype(np.uint8) * 2)
     cache = make_cache(slice_axis="axial")
     prepared = cache.get(Case("long", *paths, "site", "long", "val"))
@@ -194,7 +194,7 @@ def test_a_case_without_a_label_cannot_be_scored(make_case: Callable[..., Case])
     assert caught.value.code == "SAM-D116"
 
 
-def test_indices_become_to_label_values_again() -> None:
+def test_indices_become_label_values_again() -> None:
     values = to_label_values(np.array([[0, 1], [2, 1]], np.uint8), CLASSES)
     assert values.tolist() == [[0, 5], [2, 5]]
 

@@ -14,6 +14,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from samaritan.wire import content, from_arrays, message_bytes, to_arrays
 from simulation.grid import InProcessGrid, nodes_of, partition_id
 
+InProcessGrid(ClientApp(), 0)  # sets who this process is; Flower makes no Message before
+
 
 def echo_app(log=None):
     app = ClientApp()

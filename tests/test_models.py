@@ -304,6 +304,12 @@ def test_q_and_v_are_adapted_and_k_is_not(adapted_mini: Build) -> None:
     }
 
 
+def test_flap_sam_trains_its_list(adapted_mini: Build, mini: Any) -> None:
+    whole = {name for name in adapted_mini().trained if "lora_" not in name}
+    parts = ("mask_decoder.mask_tokens.", "mask_decoder.output_")
+    assert whole == {n for n, _ in construct(mini, 2).named_parameters() if n.startswith(parts)}
+
+
 def test_merging_in_place_and_back(adapted_mini: Build) -> None:
     model = adapted_mini(stir=0.1)
     layer = model.segmenter.sam.image_encoder.blocks[0].attn.qkv

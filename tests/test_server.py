@@ -18,7 +18,7 @@ from samaritan.config import config_sha256, parse_config
 from samaritan.errors import DataError, FederationError, StorageError
 from samaritan.wire import message_bytes
 from server import rounds
-from server.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from server.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint, write_atomically
 from server.events import append_event
 from server.rounds import run_rounds
 from simulation.engines import run_in_process
@@ -369,13 +369,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_part(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, call, full)
-        patched.setattr(Path, "replace", full) if call == "replace" else None
+        patched.setattr(Path if call == "replace" else os, call, full)
         with pytest.raises(StorageError, match="No space left on device") as caught:
             save_checkpoint(tmp_path, checkpoint(2))
     assert caught.value.code == "SAM-S101"
     assert [p.name for p in tmp_path.iterdir()] == ["round_00001.safetensors"]
     assert latest_checkpoint(tmp_path).server_round == 1
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_file_that_cannot_be_rewritten_keeps_what_it_held(tmp_path, monkeypatch, call):
+    path = tmp_path / "summary.json"
+    write_atomically(path, b"old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path if call == "replace" else os, call, full)
+        with pytest.raises(StorageError):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_round_that_cannot_be_kept_ends_the_run_and_is_repeated_on_resumption(

@@ -355,21 +355,42 @@ def short_manifest(source: Path, target: Path, train: int, val: int) -> Path:
     return target
 
 
+HIPPOCAMPUS = ROOT / "configs" / "hippocampus.yaml"
+
+
 @pytest.mark.data
-def test_a_short_run_on_real_hippocampi(shared_data, tmp_path, samaritan):
-    data = short_manifest(shared_data / "msd_hippocampus", tmp_path / "data", 3, 1)
+def test_a_short_run_on_real_hippocampi_at_the_sites_of_the_manifest(
+    shared_data, tmp_path, samaritan
+):
+    data = short_manifest(shared_data / "msd_hippocampus", tmp_path / "data", 2, 1)
     out = tmp_path / "run"
     done = samaritan(
-        "simulate", ROOT / "configs" / "hippocampus.yaml", "--data", data, "--out", out, "--json",
-        "--set", "rounds=2", "--set", "model.image_size=32", "--set", "training.batch_size=8",
-        "--set", "training.slices_per_case=40", "--set", "peft.rank=2",
+        "simulate", HIPPOCAMPUS, "--data", data, "--out", out, "--json", "--set", "rounds=1",
+        "--set", "model.image_size=32", "--set", "data.pixel_mm=2.0", "--set", "peft.rank=2",
+        "--set", "training.slices_per_case=4", "--set", "evaluation.flip=[]",
     )  # fmt: skip
     assert done.code == 0, done.err
     summary = json.loads(done.out)
     with (data / "manifest.csv").open(newline="", encoding="utf-8") as file:
         assert set(summary["sites"]) == {row["site"] for row in csv.DictReader(file)}
+    assert summary["rounds"][0]["sites"].keys() == summary["sites"].keys()
+    assert list(summary["final"]["dice_per_class"]) == ["anterior", "posterior"]
+    assert 0 <= summary["final"]["dice_mean"] <= 1
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_a_run_of_a_few_rounds_finds_real_hippocampi(shared_data, tmp_path):
+    data = short_manifest(shared_data / "msd_hippocampus", tmp_path / "data", 3, 1)
+    keys = [
+        "rounds=4", "training.slices_per_case=64", "data.context_slices=3", "evaluation.flip=[]"
+    ]  # fmt: skip
+    summary = simulate(load_config(HIPPOCAMPUS, keys), tmp_path / "run", data_dir=data)
     assert summary["final"]["dice_mean"] > 0
-    assert summary["rounds"][1]["sites"].keys() == summary["sites"].keys()
+    losses = [
+        sum(site["train_loss"] for site in entry["sites"].values()) for entry in summary["rounds"]
+    ]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.data

@@ -6,7 +6,7 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SMOOTH = 10.0
+_SMOOTH = 4.0
 """Pixels added to both sides of the Dice quotient. A structure that is absent from a slice then
 costs little where little of it is predicted, instead of everything for a single pixel."""
 
