@@ -383,7 +383,7 @@ def test_a_short_run_on_real_hippocampi_at_the_sites_of_the_manifest(
 def test_a_run_of_a_few_rounds_finds_real_hippocampi(shared_data, tmp_path):
     data = short_manifest(shared_data / "msd_hippocampus", tmp_path / "data", 3, 1)
     keys = [
-        "rounds=4", "training.slices_per_case=64", "data.context_slices=3", "evaluation.flip=[]"
+        "rounds=3", "training.slices_per_case=64", "data.context_slices=3", "evaluation.flip=[]"
     ]  # fmt: skip
     summary = simulate(load_config(HIPPOCAMPUS, keys), tmp_path / "run", data_dir=data)
     assert summary["final"]["dice_mean"] > 0

@@ -140,7 +140,7 @@ def attach(sam: Any, preset: Preset, rank: int, alpha: float | None, seed: int) 
         seed: Seeds A.
 
     Raises:
-        ModelError: When the rank exceeds a layer's width, or the preset finds nothing to train.
+        ModelError: When the rank exceeds a layer's width.
     """
     for block in sam.image_encoder.blocks:
         block.attn.qkv.__class__ = QKVLinear
