@@ -30,6 +30,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sites
 
 clean:

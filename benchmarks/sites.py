@@ -1,11 +1,11 @@
 """Does simulating more sites cost more memory, and what does Flower itself cost per round?
 
-    python -m benchmarks.sites [--sites 4 16 64] [--base tiny]
+    python -m benchmarks.sites [--sites 4 16 64]
 
-One data set of phantoms is dealt out to 4, 16 and 64 pseudo-sites; each run is a process of its own,
-and its peak resident memory is the operating system's figure. Every run trains the same number of
-slices in all, so that only the number of sites differs. Overhead is the wall time of a round that no
-site accounts for: messages, checks, aggregation, checkpoint, events.
+One data set of phantoms is dealt out to 4, 16 and 64 pseudo-sites; each run is a process of its
+own, and its peak resident memory is the operating system's figure. Every run trains the same number
+of slices in all, so that only the number of sites differs. Overhead is the wall time of a round
+that no site accounts for: messages, checks, aggregation, checkpoint, events.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from samaritan.errors import StorageError
+from samaritan.files import write_atomically
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
 
@@ -80,35 +79,6 @@ def latest_checkpoint(
             "Start the run anew in another folder.",
         )
     return None
-
-
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Writes a file through a temporary one in the same folder, synced, then renamed.
-
-    Raises:
-        StorageError: When the system refuses; the temporary file is removed.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise StorageError(
-            "SAM-S101",
-            f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
-            "Free space or mend the permissions, then continue with --resume.",
-        ) from error
 
 
 def _read(path: Path) -> Checkpoint:

@@ -33,6 +33,7 @@ from samaritan.data.slices import CaseCache, PreparedCase
 from samaritan.data.transforms import normalise_intensity
 from samaritan.data.volume import read_image
 from samaritan.errors import ConfigError, StorageError
+from samaritan.files import write_atomically
 from samaritan.models.adapter import (
     AdaptedModel,
     AdapterState,
@@ -46,7 +47,7 @@ from samaritan.report.html import write_report
 from samaritan.report.overlay import draw_overlay
 from samaritan.report.summary import case_entries, final_scores
 from samaritan.training.evaluate import CaseScores, evaluate_cases, true_indices
-from server.checkpoints import Checkpoint, write_atomically
+from server.checkpoints import Checkpoint
 from server.events import append_event
 from server.rounds import Federation, RoundCallback, overhead_seconds
 from simulation.baselines import run_baselines

@@ -501,7 +501,7 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path):
     (folder / "report.html").mkdir()
     with pytest.raises(StorageError) as caught:
         write_report(folder)
-    assert caught.value.code == "SAM-S303"
+    assert caught.value.code == "SAM-S101"
     assert not list(folder.glob(".*"))
 
 

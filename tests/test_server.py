@@ -16,9 +16,10 @@ import torch
 from client.app import make_client_app
 from samaritan.config import config_sha256, parse_config
 from samaritan.errors import DataError, FederationError, StorageError
+from samaritan.files import write_atomically
 from samaritan.wire import message_bytes
 from server import rounds
-from server.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint, write_atomically
+from server.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from server.events import append_event
 from server.rounds import run_rounds
 from simulation.engines import run_in_process

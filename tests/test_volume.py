@@ -21,7 +21,7 @@ from samaritan.data.volume import (
     to_native,
     write_label_map,
 )
-from samaritan.errors import DataError
+from samaritan.errors import DataError, StorageError
 
 SAMPLES = (
     "msd_spleen2_crop", "unf01_T1w", "unf01_T2star", "sct_t1", "sct_t2", "sct_t2s_cord",
@@ -351,13 +351,14 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         write_label_map(path, np.ones((3, 4, 5), np.uint8), grid)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    with pytest.raises(DataError, match="SAM-D110"):
-        write_label_map(tmp_path / "no" / "b.nii.gz", np.ones((3, 4, 5), np.uint8), grid)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="SAM-S101"):
+        write_label_map(tmp_path / "file" / "b.nii.gz", np.ones((3, 4, 5), np.uint8), grid)
 
 
 # Real files.

@@ -7,11 +7,8 @@ on the voxels of its image. Axes are flipped and permuted only, never resampled.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import itertools
-import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from samaritan.errors import DataError
+from samaritan.files import write_atomically
 
 GRID_TOLERANCE_MM = 0.01
 """Two grids are the same when no corner voxel moves further than this."""
@@ -187,7 +185,7 @@ def write_label_map(path: Path, array_ras: Array, grid: NativeGrid) -> None:
     payload = _nifti_image(native, grid).to_bytes()
     if path.name.endswith(".gz"):
         payload = gzip.compress(payload, compresslevel=6, mtime=0)
-    _write_atomically(path, payload)
+    write_atomically(path, payload)
 
 
 def forms_shift_mm(grid: NativeGrid) -> float:
@@ -371,24 +369,6 @@ def _nifti_header(grid: NativeGrid) -> Any:
     # Step sizes of the axes that were dropped.
     header["pixdim"][4:] = 1
     return header
-
-
-def _write_atomically(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise DataError(
-            "SAM-D110",
-            f"cannot write {path.name!r}: {error.strerror or error}",
-            "Check that the folder exists, is writable and has space left.",
-        ) from error
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from samaritan.config import Config, parse_config
 from samaritan.errors import ConfigError, ModelError
+from samaritan.files import write_atomically
 from samaritan.models.bases import BuiltBase, build_base, get_base
 from samaritan.models.lora import attach, official_name
 from samaritan.models.presets import extend, get_preset
@@ -176,10 +177,8 @@ def save_adapter(
         "classes": dict(classes),
         "config": config.model_dump(mode="json"),
     }
-    partial = directory / "adapter_model.safetensors.partial"
-    save_file(tensors, partial)
-    partial.replace(directory / "adapter_model.safetensors")
-    (directory / "samaritan.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_atomically(directory / "adapter_model.safetensors", save(tensors))
+    write_atomically(directory / "samaritan.json", json.dumps(card, indent=1).encode())
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ BASES = {
     "tiny": Base(
         width=128, depth=3, heads=4, global_blocks=(0, 1, 2), patch=4, window=0, mlp_ratio=2.0,
         decoder_width=96, decoder_mlp=128, decoder_heads=4, iou_width=64,
-        image_size=56, channels=None,
+        image_size=48, channels=None,
         extra_lora=(
             r"image_encoder\.blocks\.\d+\.(attn\.proj|mlp\.lin[12])",
             r"mask_decoder\.transformer\..*\.(k_proj|out_proj)",

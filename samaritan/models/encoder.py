@@ -69,38 +69,51 @@ def _block(block: Any, x: Tensor) -> Tensor:
 def _attend(attn: Any, qkv: Tensor) -> Tensor:
     """Multi-head attention within each (H, W) grid: (B, H, W, 3C) -> (B, H, W, C)."""
     b, h, w, channels = qkv.shape
-    n, heads = h * w, attn.num_heads
-    q, k, v = qkv.reshape(b, n, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+    n, heads, d = h * w, attn.num_heads, channels // 3 // attn.num_heads
+    q, k, v = qkv.reshape(b, n, 3, heads, d).permute(2, 0, 3, 1, 4)
     if not attn.use_rel_pos:
         out = F.scaled_dot_product_attention(q, k, v)
+    elif n > _DIRECT_TOKENS:
+        out = _fused_attention(q * attn.scale, k, v, *_relative_positions(attn, q, h, w))
     else:
-        rel_h, rel_w = _relative_positions(attn, q, h, w)
-        if n <= _DIRECT_TOKENS:
-            scores = (q * attn.scale) @ k.transpose(-2, -1)
-            bias = rel_h[..., :, None] + rel_w[..., None, :]
-            out = (scores + bias.reshape(b, heads, n, n)).softmax(-1) @ v
-        else:
-            out = _fused_attention(q * attn.scale, k, v, rel_h, rel_w)
+        out = _direct_attention(q, k, v, *_relative_positions(attn, q, h, w), scale=attn.scale)
     return out.transpose(1, 2).reshape(b, h, w, channels // 3)
 
 
 def _relative_positions(attn: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Decomposed relative position scores (B, heads, n, H) and (B, heads, n, W)."""
+    """Decomposed relative position scores (B, heads, n, H) and (B, heads, n, W).
+
+    Every query meets every distance in one product, and each picks the distances of its keys.
+    """
+    tables = torch.cat([_resized_table(attn.rel_pos_h, h), _resized_table(attn.rel_pos_w, w)])
+    scores = q @ tables.T
+    row, column = torch.meshgrid(
+        torch.arange(h, device=q.device), torch.arange(w, device=q.device), indexing="ij"
+    )
+    # A table's entry for the distance i - j is at i - j + size - 1.
+    rows = row.reshape(-1, 1) - row[:, :1].T + h - 1
+    columns = column.reshape(-1, 1) - column[:1] + w - 1 + 2 * h - 1
+    index = torch.cat([rows, columns], -1).expand(*scores.shape[:-1], h + w)
+    rel_h, rel_w = scores.gather(-1, index).split([h, w], -1)  # type: ignore[no-untyped-call]
+    return rel_h, rel_w
+
+
+def _resized_table(table: Tensor, size: int) -> Tensor:
+    """(2 * size0 - 1, d) -> (2 * size - 1, d), as the official `get_rel_pos` resizes it."""
+    if table.shape[0] == 2 * size - 1:
+        return table
+    return F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+
+
+def _direct_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
+) -> Tensor:
+    """The plain softmax, with the scores added to the bias as they are computed."""
     b, heads, n, d = q.shape
-    grid = q.reshape(b, heads, h, w, d)
-    rows = _relative_table(attn.rel_pos_h, h)
-    columns = _relative_table(attn.rel_pos_w, w)
-    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rows)
-    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, columns)
-    return rel_h.reshape(b, heads, n, h), rel_w.reshape(b, heads, n, w)
-
-
-def _relative_table(table: Tensor, size: int) -> Tensor:
-    """(2 * size0 - 1, d) -> (size, size, d), entry [i, j] for the distance i - j."""
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
-    index = torch.arange(size, device=table.device)
-    return table[index[:, None] - index[None, :] + size - 1]
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).reshape(b * heads, n, n)
+    q, k, v = (x.reshape(b * heads, n, d) for x in (q, k, v))
+    out = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
+    return out.view(b, heads, n, d)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -200,25 +199,3 @@ def _read_overlay(run_dir: Path, entry: Json, problems: list[str]) -> Overlay | 
         site=str(entry.get("site") or ""),
         dice=facts.number(entry, "dice"),
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that half a file never carries its name.
-
-    Raises:
-        StorageError: If the folder cannot be made or the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            "SAM-S303",
-            f"{path} cannot be written: {error.strerror or error}",
-            "Check the free space and the rights of the run folder.",
-        ) from error

@@ -17,8 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from samaritan.files import write_atomically
 from samaritan.report import facts, plots, units
-from samaritan.report.folder import Overlay, RunFolder, read_run_folder, write_atomically
+from samaritan.report.folder import Overlay, RunFolder, read_run_folder
 
 Json = dict[str, Any]
 

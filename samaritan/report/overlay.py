@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from samaritan.errors import StorageError
+from samaritan.files import write_atomically
 from samaritan.report import units
-from samaritan.report.folder import write_atomically
 
 Volume = NDArray[Any]
 

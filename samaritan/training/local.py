@@ -17,6 +17,7 @@ from samaritan.errors import TrainingError
 from samaritan.models.adapter import AdaptedModel
 from samaritan.training.augment import augment
 from samaritan.training.losses import SegmentationLoss
+from samaritan.training.parallel import batch_gradients, batch_parts
 
 StepCallback = Callable[[int, int, float], None]
 """Called after each step with its number, the number of steps and the loss."""
@@ -91,8 +92,9 @@ def train_locally(
     generator = torch.Generator().manual_seed(seed)
     begun = time.monotonic()
     total = steps or num_steps(len(cases), settings.slices_per_case, settings.batch_size)
+    trained = list(model.trained.values())
     optimiser = torch.optim.AdamW(
-        model.trained.values(),
+        trained,
         lr=settings.learning_rate,
         betas=_BETAS,
         weight_decay=settings.weight_decay,
@@ -110,31 +112,32 @@ def train_locally(
         foreground_fraction=settings.foreground_fraction,
         generator=generator,
     )
-    for step, (images, labels, axes) in enumerate(feed, 1):
-        images, labels = augment(images, labels, axes, settings, generator)
-        rate = learning_rate(step, total, schedule, settings)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        loss = loss_of(model.segmenter(images.to(device)), labels.to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.trained.values(), settings.clip_norm)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
-            raise TrainingError(
-                "SAM-T102",
-                f"the loss is {losses[-1]}, its gradient {float(norm)}, at step {step} of {total}",
-                "Lower training.learning_rate, or run `samaritan data check`.",
+    with batch_parts(device, settings.batch_size) as parts:
+        for step, (images, labels, axes) in enumerate(feed, 1):
+            images, labels = augment(images, labels, axes, settings, generator)
+            rate = learning_rate(step, total, schedule, settings)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            loss = batch_gradients(
+                model.segmenter, loss_of, images.to(device), labels.to(device), trained, parts
             )
-        optimiser.step()
-        if time.monotonic() - begun > timeout_s and step < total:
-            raise TrainingError(
-                "SAM-T103",
-                f"the round's {timeout_s:.0f} s ran out after step {step} of {total}",
-                "Raise federation.round_timeout_s or lower training.slices_per_case.",
-            )
-        if on_step is not None:
-            on_step(step, total, losses[-1])
+            norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
+                raise TrainingError(
+                    "SAM-T102",
+                    f"step {step} of {total}: loss {losses[-1]}, gradient norm {float(norm)}",
+                    "Lower training.learning_rate, or run `samaritan data check`.",
+                )
+            optimiser.step()
+            if time.monotonic() - begun > timeout_s and step < total:
+                raise TrainingError(
+                    "SAM-T103",
+                    f"the round's {timeout_s:.0f} s ran out after step {step} of {total}",
+                    "Raise federation.round_timeout_s or lower training.slices_per_case.",
+                )
+            if on_step is not None:
+                on_step(step, total, losses[-1])
     model.segmenter.eval()
     return TrainingResult(sum(losses) / len(losses), len(losses), time.monotonic() - begun)
 
