@@ -34,9 +34,13 @@ RAISED = re.compile(r"""["'](SAM-[A-Z]\d{3})(?=["' ])""")
 SHARED_CODES = {
     "SAM-D102": {"samaritan/data/volume.py", "samaritan/data/checks.py"},
     "SAM-D114": {"samaritan/data/checks.py", "samaritan/data/slices.py"},
-    "SAM-D116": {"samaritan/data/slices.py", "samaritan/training/evaluate.py"},
+    "SAM-D116": {
+        "samaritan/data/slices.py",
+        "samaritan/training/evaluate.py",
+        "simulation/study.py",
+    },
     "SAM-D304": {"samaritan/data/checks.py", "simulation/study.py"},
-    "SAM-S101": {"server/checkpoints.py", "simulation/run.py"},
+    "SAM-S101": {"samaritan/files.py", "simulation/run.py"},
 }
 """Codes that several modules give the one meaning that docs/errors.md states."""
 
