@@ -21,6 +21,7 @@ from samaritan.errors import DataError
 from samaritan.models.segmenter import Segmenter
 from samaritan.training.augment import BODY_AXES, mirror_dims
 from samaritan.training.metrics import Scores, case_mean, mean, score_case
+from samaritan.training.parallel import batch_parts, forward_in_parts
 
 _SLICES_AT_ONCE = 32
 
@@ -56,20 +57,25 @@ def predict_indices(
     segmenter.eval()
     grid = prepared.grid
     views = [0] + [mirror_dims(BODY_AXES[name], grid.axis) for name in settings.flip]
-    parts = []
-    for start in range(0, grid.slices, _SLICES_AT_ONCE):
-        index = torch.arange(start, min(start + _SLICES_AT_ONCE, grid.slices))
-        images = with_context(prepared.image, index, cache.data.context_slices).float()
-        scores = _probabilities(segmenter, images, views, cache.image_size, settings)
-        shape = list(grid.shape)
-        shape[grid.axis] = len(index)
-        chunk = replace(grid, shape=(shape[0], shape[1], shape[2]))
-        parts.append(from_stack(scores.transpose(0, 1), chunk).argmax(0).to(torch.uint8))
-    return torch.cat(parts, grid.axis).numpy()
+    pieces = []
+    with batch_parts(segmenter.device, _SLICES_AT_ONCE) as parts:
+        forward = forward_in_parts(segmenter, parts)
+        for start in range(0, grid.slices, _SLICES_AT_ONCE):
+            index = torch.arange(start, min(start + _SLICES_AT_ONCE, grid.slices))
+            images = with_context(prepared.image, index, cache.data.context_slices).float()
+            scores = _probabilities(
+                forward, segmenter.device, images, views, cache.image_size, settings
+            )
+            shape = list(grid.shape)
+            shape[grid.axis] = len(index)
+            chunk = replace(grid, shape=(shape[0], shape[1], shape[2]))
+            pieces.append(from_stack(scores.transpose(0, 1), chunk).argmax(0).to(torch.uint8))
+    return torch.cat(pieces, grid.axis).numpy()
 
 
 def _probabilities(
-    segmenter: Segmenter,
+    forward: Callable[[Tensor], Tensor],
+    device: torch.device,
     images: Tensor,
     views: Sequence[int],
     size: tuple[int, int],
@@ -80,10 +86,10 @@ def _probabilities(
         sliding_window_inference,
         roi_size=size,
         sw_batch_size=_SLICES_AT_ONCE,
-        predictor=lambda x: segmenter(x).softmax(1),
+        predictor=lambda x: forward(x).softmax(1),
         overlap=settings.window_overlap,
         mode="gaussian",
-        sw_device=segmenter.device,
+        sw_device=device,
         device=torch.device("cpu"),
     )
     total: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Gradients of a batch, its records shared out among processor cores.
+"""A batch whose records are shared out among processor cores.
 
 The loss is a mean over records, so that the gradient of a batch is the sum of its parts' gradients.
 On a processor one thread per part beats several threads per operation where operations are small:
@@ -41,6 +41,21 @@ def batch_parts(device: torch.device, batch_size: int) -> Iterator[Parts]:
             yield Parts(count, pool)
     finally:
         torch.set_num_threads(cores)
+
+
+def forward_in_parts(model: Callable[[Tensor], Tensor], parts: Parts) -> Callable[[Tensor], Tensor]:
+    """The model without gradients, the records of a batch shared out among the parts."""
+
+    @torch.no_grad()  # gradients are switched off per thread
+    def forward(records: Tensor) -> Tensor:
+        return model(records)
+
+    def joined(images: Tensor) -> Tensor:
+        if parts.pool is None:
+            return forward(images)
+        return torch.cat(list(parts.pool.map(forward, images.chunk(parts.count))))
+
+    return joined
 
 
 def batch_gradients(
