@@ -21,7 +21,8 @@ demo: setup
 	$(BIN)/samaritan simulate configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	# One thread per operation: small tensors gain nothing from more, and a busy machine loses much.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
