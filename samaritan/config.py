@@ -131,7 +131,7 @@ class FederationConfig(Section):
     weighting: Literal["examples", "uniform"] = "examples"
     min_sites: int | None = Field(default=None, ge=1)
     """Usable replies a round needs; more than half of the sites when left out."""
-    wait_s: float = Field(default=60, gt=0)
+    wait_s: float = Field(default=300, gt=0)
     """How long the server waits for enough sites to be online."""
     round_timeout_s: float = Field(default=3600, gt=0)
     """A site that trains longer than this in one round gives up and says so."""

@@ -40,6 +40,7 @@ def test_ray_and_in_process_agree_to_the_last_bit(config: Config, tmp_path: Path
             assert [r["dice_mean"] for r in ours] == [r["dice_mean"] for r in theirs]
 
 
+@pytest.mark.slow
 def test_a_fault_inside_the_ray_engine_comes_out_as_itself(config: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra samaritan[ray] is not installed")
     training = config.training.model_copy(update={"learning_rate": 1e30})
