@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 
 from samaritan.training.losses import SegmentationLoss
 from samaritan.training.parallel import Parts, batch_gradients, batch_parts
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Two threads here, and as many as before for the tests after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def network() -> nn.Sequential:
@@ -24,7 +36,6 @@ def test_parts_give_the_gradient_of_the_whole_batch() -> None:
     loss_of = SegmentationLoss(0.5)
     whole = batch_gradients(model, loss_of, images, labels, trained, Parts(1, None))
     expected = [None if p.grad is None else p.grad.clone() for p in trained]
-    torch.set_num_threads(2)
     with batch_parts(torch.device("cpu"), 5) as parts:
         assert parts.count == 2
         loss = batch_gradients(model, loss_of, images, labels, trained, parts)
@@ -48,7 +59,6 @@ def test_a_gradient_of_the_step_before_is_not_added() -> None:
 
 
 def test_threads_are_given_back_and_batches_of_one_are_not_cut() -> None:
-    torch.set_num_threads(2)
     with batch_parts(torch.device("cpu"), 4) as parts:
         assert parts.pool is not None
         assert parts.pool.submit(torch.get_num_threads).result() == 1

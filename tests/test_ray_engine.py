@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from samaritan.config import Config, load_config
 from samaritan.errors import FederationError
@@ -17,6 +19,15 @@ OVERRIDES = [
     "training.slices_per_case=4",
     "model.image_size=32",
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A Ray worker has one thread; sums depend on how many parts a batch is cut into."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
