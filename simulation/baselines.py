@@ -45,12 +45,13 @@ def run_baselines(
     """
     local = _local_only(study, model, cache, initial, steps, note)
     total = sum(steps.values())
+    note(f"baseline: local-only Dice {_text(local['dice_mean'])}")
     note(f"baseline: all sites pooled, {total} steps")
     begun = time.monotonic()
     scores = _train_and_score(study, model, cache, initial, study.cases(TRAIN), "pooled", total)
     seconds = time.monotonic() - begun
     pooled = _entry(scores) | {"steps": total, "seconds": round(seconds, 1)}
-    note(f"baseline: pooled Dice {pooled['dice_mean']:.4f}; 3-D U-Net on all data, {seconds:.0f} s")
+    note(f"baseline: pooled Dice {_text(pooled['dice_mean'])}; U-Net on all data, {seconds:.0f} s")
     unet, parameters, unet_steps = train_unet(
         cache,
         study.cases(TRAIN),
@@ -133,3 +134,7 @@ def _entry(scores: Sequence[CaseScores]) -> dict[str, Any]:
             site: mean_dice([s for s in scores if s.case.site == site]) for site in sites
         },
     }
+
+
+def _text(dice: float | None) -> str:
+    return "undefined" if dice is None else f"{dice:.4f}"

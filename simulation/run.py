@@ -139,17 +139,22 @@ def simulate(
     watch.note("scoring every validation case on its native grid")
     results = _score(study, model, cache, run_dir)
     steps = {site: _steps(state, site) for site in study.training_sites}
-    reference = None
+
+    def conclude(reference: dict[str, Any] | None) -> dict[str, Any]:
+        cost = _cost(state, agents, engine, time.monotonic() - begun, federated_seconds)
+        summary = _summary(study, model, agents, state, results, reference, engine)
+        summary["cost"] = cost
+        _write_json(run_dir / "summary.json", summary)
+        write_report(run_dir)
+        return summary
+
+    # Before the baselines too: they take longer than the federation, and may be stopped.
+    summary = conclude(None)
     if baselines:
-        reference = run_baselines(study, model, cache, initial, steps, watch.note)
-    summary = _summary(study, model, agents, state, results, reference, engine) | {
-        "cost": _cost(state, agents, engine, time.monotonic() - begun, federated_seconds)
-    }
-    _write_json(run_dir / "summary.json", summary)
+        summary = conclude(run_baselines(study, model, cache, initial, steps, watch.note))
     append_event(
         run_dir / "events.jsonl", "summary_written", dice_mean=summary["final"]["dice_mean"]
     )
-    write_report(run_dir)
     return summary
 
 

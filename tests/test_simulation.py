@@ -232,6 +232,24 @@ def copied_run(finished_run, tmp_path):
     return folder
 
 
+def test_baselines_that_are_stopped_take_nothing_of_the_federation_with_them(
+    small_config, copied_run, monkeypatch
+):
+    for name in ("summary.json", "report.html"):
+        (copied_run / name).unlink()
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulation.run.run_baselines", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(load_config(small_config), copied_run, resume=True, baselines=True)
+    summary = json.loads((copied_run / "summary.json").read_text())
+    assert summary["final"]["cases"] > 0
+    assert summary["baselines"] is None
+    assert (copied_run / "report.html").is_file()
+
+
 def test_resuming_a_finished_run_with_baselines_trains_no_round_again(
     copied_run, small_config, monkeypatch
 ):
