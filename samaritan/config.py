@@ -43,6 +43,10 @@ class ModelConfig(Section):
     """Refuse any other file."""
     image_size: Side | tuple[Side, Side] | None = None
     """Model input in pixels, one side or [rows, columns]; the base's own when left out."""
+    decoder: Literal["official", "reference"] = "official"
+    """SAM's decoder (logits at a quarter of the input), or FLAP-SAM's (at full size)."""
+    frozen_precision: Literal["fp32", "bf16"] = "fp32"
+    """How frozen encoder weights are held; bf16 halves them, where the encoder computes in bf16."""
 
 
 class PeftConfig(Section):
@@ -52,6 +56,12 @@ class PeftConfig(Section):
     rank: int = Field(default=8, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0)
     """LoRA scale is alpha / rank; equal to the rank (scale 1) when left out."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """Plain LoRA, rank-stabilised (scale alpha / sqrt(rank)), or weight-decomposed (DoRA)."""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Other ranks by group of layers, such as {decoder: 4} or {encoder.qkv: 16}."""
+    blocks: int | None = Field(default=None, ge=0)
+    """Adapt only the last so many encoder blocks; all of them when left out."""
 
 
 class DataConfig(Section):
@@ -123,6 +133,8 @@ class TrainingConfig(Section):
     shift_fraction: float = Field(default=0.05, ge=0, lt=1)
     intensity_fraction: float = Field(default=0.2, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    recompute: bool = False
+    """Compute encoder blocks again in the backward pass: less memory, about a third more time."""
 
 
 class FederationConfig(Section):

@@ -26,11 +26,7 @@ def write_atomically(path: Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -39,3 +35,20 @@ def write_atomically(path: Path, payload: bytes) -> None:
             f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
             "Free space or mend the permissions; a run goes on with --resume.",
         ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk; until then a crash may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_dir() -> Path:
+    """The user's folder for what can be fetched or made again; $SAMARITAN_CACHE names another."""
+    if own := os.environ.get("SAMARITAN_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "samaritan"

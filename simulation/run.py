@@ -378,10 +378,7 @@ def _cost(
 ) -> dict[str, Any]:
     sites = [s for r in state.history for s in r["sites"].values()]
     # The same weights in memory are one copy, however many agents hold them.
-    bases = {
-        agent.model.segmenter.sam.image_encoder.patch_embed.proj.weight.data_ptr()
-        for agent in agents
-    }
+    bases = {next(agent.model.segmenter.model.parameters()).data_ptr() for agent in agents}
     return {
         "wall_seconds": round(wall, 1),
         "federated_seconds": round(federated, 1),

@@ -90,10 +90,10 @@ def mini_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from samaritan.models.bases import Base, construct
+    from samaritan.models.sam import SamShape, construct
 
     torch.manual_seed(5)
-    sam = construct(Base(**_MINI), 3)
+    sam = construct(SamShape(**_MINI), 3)
     randomise(sam, 5)
     path = tmp_path_factory.mktemp("mini") / "mini.safetensors"
     save_file(sam.state_dict(), path)
@@ -104,8 +104,11 @@ def mini_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Path:
 def mini(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The hyper-parameters of a small SAM with windows, registered as base ``mini``."""
     from samaritan.models.bases import BASES, Base
+    from samaritan.models.sam import SamShape
 
-    spec = Base(**_MINI, checkpoint=("mini.safetensors", "0" * 64))
+    spec = Base(
+        SamShape(**_MINI), image_size=64, patch=4, checkpoint=("mini.safetensors", "0" * 64)
+    )
     monkeypatch.setitem(BASES, "mini", spec)
     return spec
 
@@ -158,10 +161,11 @@ def vit_b_file(tmp_path_factory: pytest.TempPathFactory, randomise: Any) -> Iter
     import torch
     from safetensors.torch import save_file
 
-    from samaritan.models.bases import BASES, construct
+    from samaritan.models.bases import BASES
+    from samaritan.models.sam import construct
 
     torch.manual_seed(6)
-    sam = construct(BASES["vit_b"], 3)
+    sam = construct(BASES["vit_b"].shape, 3)
     randomise(sam, 6)
     path = tmp_path_factory.mktemp("vit_b") / "vit_b.safetensors"
     save_file(sam.state_dict(), path)

@@ -25,8 +25,8 @@ from samaritan.models.adapter import (
     read_adapter,
     save_adapter,
 )
-from samaritan.models.bases import construct
 from samaritan.models.official import modeling
+from samaritan.models.sam import FAMILY, construct
 from samaritan.models.segmenter import Segmenter
 
 CLASSES = {"anterior": 4, "posterior": 2}
@@ -134,7 +134,8 @@ def test_the_folder_holds_safetensors_and_a_peft_configuration(folder: Path) -> 
 def test_peft_itself_loads_the_tensors(adapted_mini: Build, folder: Path, images: Tensor) -> None:
     model = adapted_mini()
     tensors = load_file(folder / "adapter_model.safetensors")
-    outcome = peft.set_peft_model_state_dict(model.peft, tensors)
+    tensors = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
+    outcome = peft.set_peft_model_state_dict(model.base.model, tensors)
     assert not outcome.unexpected_keys
     assert torch.equal(logits(model, images), logits(adapted_mini(stir=0.1), images))
 
@@ -213,7 +214,7 @@ def test_the_card_of_a_base(adapted_mini: Build) -> None:
     card = card_of(model.base)
     assert (card["name"], card["sha256"]) == ("mini", model.base.sha256)
     assert card["parameters"] == model.base.parameters
-    assert json.loads(json.dumps(card))["hyper_parameters"]["width"] == 32
+    assert json.loads(json.dumps(card))["hyper_parameters"]["shape"]["width"] == 32
 
 
 # Merging.
@@ -229,10 +230,10 @@ def test_a_merged_adapter_is_a_sam(
 ) -> None:
     model = adapted_mini(classes, stir=0.1, peft={"alpha": 6.0})
     before, expected = model.state(), logits(model, images)
-    sam = construct(mini, classes)
+    sam = construct(mini.shape, classes)
     sam.load_state_dict(merged_state(model), strict=True)
     with torch.no_grad():
-        merged = Segmenter(sam)(images)
+        merged = Segmenter(sam, FAMILY, 4)(images)
     assert (merged - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(logits(model, images), expected)
     assert all(torch.equal(t, before[name]) for name, t in model.state().items())
@@ -265,5 +266,5 @@ def test_three_classes_on_vit_b_give_an_official_checkpoint(vit_b_file: Path) ->
     assert len([n for n in changed if n.endswith(("q_proj.weight", "v_proj.weight"))]) == 14
     images = torch.rand((1, 3, 64, 64), generator=generator)
     with torch.no_grad():
-        expected, ours = model.segmenter(images), Segmenter(official)(images)
+        expected, ours = model.segmenter(images), Segmenter(official, FAMILY, 16)(images)
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()

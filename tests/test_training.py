@@ -154,7 +154,7 @@ def test_training_lowers_the_loss(adapted_mini: Callable[..., Any], run: Run) ->
 
 def test_the_frozen_base_does_not_move(adapted_mini: Callable[..., Any], run: Run) -> None:
     model = adapted_mini(3)
-    frozen = {n: p for n, p in model.peft.named_parameters() if not p.requires_grad}
+    frozen = {n: p for n, p in model.base.model.named_parameters() if not p.requires_grad}
     before = {n: p.clone() for n, p in frozen.items()}
     fresh = model.state()
     run(model)

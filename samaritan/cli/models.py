@@ -1,15 +1,25 @@
-"""`samaritan models list`, `verify` and `count`."""
+"""`samaritan models list`, `fetch`, `verify` and `count`."""
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from samaritan.cli.console import print_json
+from samaritan.cli.console import Progress, print_json
 
 app = typer.Typer(no_args_is_help=True)
+
+
+class _Decoder(enum.Enum):
+    official = "official"
+    reference = "reference"
+
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -41,15 +51,69 @@ def list_models(json: _Json = False) -> None:
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Base model: vit_b, vit_l or vit_h.")],
+    to: Annotated[Path | None, typer.Option(help="Folder; the user's cache by default.")] = None,
+    json: _Json = False,
+) -> None:
+    """Download a published checkpoint and verify it; run again to go on after an interruption."""
+    from samaritan.models.fetch import fetch as download
+
+    with _transfer(name) as (note, progress):
+        fetched = download(name, to, note=note, progress=progress)
+    if json:
+        print_json({
+            "base": name, "file": str(fetched.path), "sha256": fetched.sha256,
+            "bytes": fetched.size_bytes, "downloaded": fetched.downloaded,
+            "resumed_from": fetched.resumed_from,
+        })  # fmt: skip
+        return
+    how = "downloaded" if fetched.downloaded else "was there already, nothing downloaded"
+    typer.echo(f"{fetched.path}: {how}; {fetched.size_bytes} bytes, the published file")
+    typer.echo("set model.checkpoint to it")
+
+
+@contextmanager
+def _transfer(
+    name: str,
+) -> Iterator[tuple[Callable[[str], None], Callable[[int, int | None], None]]]:
+    """Shows notes and the bytes of a transfer: a bar on a terminal, plain lines elsewhere."""
+    from rich import progress as rich_progress
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        plain = Progress()
+        yield plain.line, lambda have, total: plain.update(_amount(have, total))
+        return
+    with rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(name, total=None)
+        yield (
+            lambda text: console.print(text, markup=False, soft_wrap=True),
+            lambda have, total: bar.update(task, completed=have, total=total),
+        )
+
+
+def _amount(have: int, total: int | None) -> str:
+    return f"{have / 1e6:.1f} MB" + (f" of {total / 1e6:.1f} MB" if total else "")
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="Checkpoint file.")], json: _Json = False
 ) -> None:
     """Tell which base a checkpoint fits, and whether it is the published file."""
-    from samaritan.models.bases import BASES
-    from samaritan.models.checkpoints import file_sha256, fitting_base, read_state
+    from samaritan.models.bases import BASES, fitting_base
+    from samaritan.models.checkpoints import read_state
 
-    sha256 = file_sha256(file)
-    base = fitting_base(read_state(file))
+    state, sha256 = read_state(file)
+    base = fitting_base(state)
     published = [n for n, b in BASES.items() if b.checkpoint and b.checkpoint[1] == sha256]
     result = {"file": file.name, "sha256": sha256, "base": base, "published": bool(published)}
     if json:
@@ -68,31 +132,27 @@ def count(
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 32,
     classes: Annotated[int, typer.Option(min=1, help="Structures, background not counted.")] = 2,
     image_size: Annotated[
-        int | None, typer.Option(min=16, help="Side of the input; position tables keep their size.")
+        int | None, typer.Option(min=16, help="Side of the input; trained position tables fit it.")
     ] = None,
+    decoder: Annotated[
+        _Decoder, typer.Option(help="SAM's own, or FLAP-SAM's.")
+    ] = _Decoder.official,
     json: _Json = False,
 ) -> None:
     """Count the parameters of a base and those a preset trains; no checkpoint is needed."""
-    import torch
+    from samaritan.models.count import count_trained
 
-    from samaritan.models.bases import construct, count_parameters, get_base
-    from samaritan.models.lora import attach
-    from samaritan.models.presets import extend, get_preset
-
-    spec = get_base(base)
-    method = extend(get_preset(preset), spec.extra_lora, spec.extra_train)
-    with torch.device("meta"):
-        sam = construct(spec, classes)
-        total = count_parameters(sam)
-        model = attach(sam, method, rank, None, 0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = count_trained(base, preset, rank, classes, image_size, decoder.value)
     result = {
-        "base": base, "preset": preset, "rank": rank, "classes": classes,
-        "image_size": image_size or spec.image_size, "parameters": total,
-        "trainable_parameters": trained, "bytes_fp32": trained * 4,
+        "base": base, "preset": preset, "rank": rank, "classes": classes, "decoder": decoder.value,
+        "image_size": counted.image_size, "parameters": counted.parameters,
+        "trainable_parameters": counted.trained, "bytes_fp32": counted.trained * 4,
     }  # fmt: skip
     if json:
         print_json(result)
         return
-    typer.echo(f"{base}: {total:,} parameters; {preset} at rank {rank} trains {trained:,}")
-    typer.echo(f"one transfer of the adapter: {trained * 4 / 2**20:.2f} MiB in fp32")
+    typer.echo(
+        f"{base}: {counted.parameters:,} parameters; {preset} at rank {rank} trains "
+        f"{counted.trained:,}"
+    )
+    typer.echo(f"one transfer of the adapter: {counted.trained * 4 / 2**20:.2f} MiB in fp32")

@@ -8,13 +8,14 @@ all that ever leaves a site.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,9 +23,12 @@ from torch import Tensor
 from samaritan.config import Config, parse_config
 from samaritan.errors import ConfigError, ModelError
 from samaritan.files import write_atomically
+from samaritan.models.adapt import adapt
 from samaritan.models.bases import BuiltBase, build_base, get_base
-from samaritan.models.lora import attach, official_name
-from samaritan.models.presets import extend, get_preset
+from samaritan.models.family import belongs
+from samaritan.models.inserts import Factors
+from samaritan.models.lora import official_name
+from samaritan.models.presets import get_preset
 from samaritan.models.segmenter import Segmenter, autocast_dtype
 
 AdapterState = dict[str, Tensor]
@@ -39,15 +43,17 @@ class AdaptedModel:
 
     Attributes:
         segmenter: Images to logits.
-        peft: The same model as peft sees it.
         base: What was frozen, with its hash.
         trained: Parameters of the adapter by official name.
+        lora: peft's configuration, where the preset uses LoRA.
+        frozen_blocks: Encoder blocks at the beginning that nothing trained comes before or into.
     """
 
     segmenter: Segmenter
-    peft: PeftModel
     base: BuiltBase
     trained: Mapping[str, torch.nn.Parameter]
+    lora: LoraConfig | None
+    frozen_blocks: int
 
     def state(self) -> AdapterState:
         """A copy of the adapter."""
@@ -84,28 +90,39 @@ def build_adapted(
         ModelError: For a checkpoint that is missing or does not fit, or a rank out of range.
     """
     preset = get_preset(config.peft.preset)
+    context = config.data.context_slices
+    depth = context if preset.volumetric else 1
     base = build_base(
         config.model.base,
         num_classes,
-        config.data.context_slices if config.data.context_slices > 1 else 3,
+        context if context > 1 and depth == 1 else 3,
         Path(config.model.checkpoint) if config.model.checkpoint else None,
         config.model.checkpoint_sha256,
+        config.model.decoder,
     )
-    check_input(config, base)
-    method = extend(preset, base.spec.extra_lora, base.spec.extra_train)
-    peft_model = attach(base.sam, method, config.peft.rank, config.peft.alpha, config.seed)
+    check_input(config, base, depth)
+    lora, trained = adapt(
+        base.model, base.spec, config.peft, input_size=image_size(config), depth=depth,
+        seed=config.seed,
+    )  # fmt: skip
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segmenter = Segmenter(base.sam).to(device)
+    segmenter = Segmenter(base.model, base.family, base.spec.patch, depth).to(device)
     segmenter.autocast_dtype = autocast_dtype(config.training.precision, device)
-    trained = {
-        official_name(name): parameter
-        for name, parameter in peft_model.named_parameters()
-        if parameter.requires_grad
-    }
-    return AdaptedModel(segmenter, peft_model, base, trained)
+    segmenter.recompute = config.training.recompute
+    return AdaptedModel(segmenter, base, trained, lora, _frozen_blocks(base, trained))
 
 
-def check_input(config: Config, base: BuiltBase) -> None:
+def _frozen_blocks(base: BuiltBase, trained: Iterable[str]) -> int:
+    first = base.family.num_blocks(base.model)
+    for name in trained:
+        if belongs(name, [base.family.parts["encoder.patch"]]):
+            return 0
+        if belongs(name, [base.family.parts["encoder.blocks"]]):
+            first = min(first, int(name.partition("blocks.")[2].partition(".")[0]))
+    return first
+
+
+def check_input(config: Config, base: BuiltBase, depth: int) -> None:
     """Refuses input sizes and channel counts the base cannot take.
 
     Raises:
@@ -120,7 +137,7 @@ def check_input(config: Config, base: BuiltBase) -> None:
                 f"Choose {side // patch * patch} or {(side // patch + 1) * patch}.",
             )
     context, fixed = config.data.context_slices, base.spec.channels
-    if fixed is not None and context not in (1, fixed):
+    if fixed is not None and depth == 1 and context not in (1, fixed):
         raise ConfigError(
             "SAM-C204",
             f"data.context_slices is {context}, but {base.name} has {fixed} input channels",
@@ -170,7 +187,7 @@ def save_adapter(
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {_PEFT_PREFIX + name: value.contiguous() for name, value in state.items()}
-    model.peft.peft_config["default"].save_pretrained(str(directory))
+    (model.lora or LoraConfig(target_modules=[])).save_pretrained(str(directory))
     card = {
         "format": 1,
         "base": {"name": model.base.name, "sha256": model.base.sha256},
@@ -247,21 +264,30 @@ def merged_state(model: AdaptedModel) -> AdapterState:
     `segment_anything`'s classes load it with ``strict=True`` when built with as many mask tokens;
     for three classes that is the stock registry builder. The model itself is left as it was.
     """
+    deltas: dict[str, Tensor] = {}
+    for name, module in model.base.model.named_modules():
+        if isinstance(module, LoraLayer):
+            deltas[f"{official_name(name)}.weight"] = _merged_weight(module)
+        elif isinstance(module, Factors):
+            layer = model.base.model.get_submodule(name.removesuffix(".factors"))
+            deltas[f"{name.removesuffix('.factors')}.weight"] = layer.weight + module.delta_weight()
     state: AdapterState = {}
-    layers: dict[str, Any] = {
-        official_name(name) + ".weight": module
-        for name, module in model.peft.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-    for name, value in model.peft.state_dict().items():
+    for name, value in model.base.model.state_dict().items():
         official = official_name(name)
-        if "lora_" in official:
-            continue
-        merged = value.detach().clone()
-        if official in layers:
-            merged += layers[official].get_delta_weight("default").detach()
-        state[official] = merged.cpu()
+        if official in model.base.names:
+            state[official] = deltas.get(official, value).detach().float().cpu().clone()
     return state
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """The weight of a layer with its LoRA folded in; the layer is left as it was, to the bit."""
+    weight = layer.get_base_layer().weight.data
+    held = weight.clone()
+    layer.merge()
+    merged: Tensor = weight.clone()
+    layer.unmerge()
+    weight.copy_(held)  # adding and taking away leaves the last bits changed
+    return merged
 
 
 def card_of(base: BuiltBase) -> dict[str, Any]:

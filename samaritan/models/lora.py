@@ -1,4 +1,4 @@
-"""LoRA through `peft`, with a registered layer for q and v of SAM's fused qkv projection.
+"""LoRA through `peft`, with a registered layer for q and v of a fused qkv projection.
 
 peft alone would adapt k too and share one A among the three; see LoRA (arXiv 2106.09685) and
 SAMed (arXiv 2304.13785) for q and v only. Here B starts at zero, so that the adapted model equals
@@ -8,15 +8,16 @@ the base before the first step (FLAP-SAM's code does not do this).
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from samaritan.errors import ModelError
-from samaritan.models.presets import Preset, matches
 
 
 class QKVLinear(nn.Linear):
@@ -26,7 +27,9 @@ class QKVLinear(nn.Linear):
 class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
     """Rank-r updates of the q and v rows of a fused qkv projection; the k rows stay untouched.
 
-    Computes [q + s B_q A_q x, k, v + s B_v A_v x] with s = alpha / r.
+    Computes [q + s B_q A_q x, k, v + s B_v A_v x] with s = alpha / r, or alpha / sqrt(r) for
+    rank-stabilised LoRA (arXiv 2312.03732). As DoRA (arXiv 2402.09353) the rows of q and v are also
+    given lengths of their own.
     """
 
     # peft's attributes; it is untyped, and nn.Module would type them as tensors.
@@ -35,6 +38,8 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
     lora_B_q: Any
     lora_A_v: Any
     lora_B_v: Any
+    lora_magnitude_q: Any
+    lora_magnitude_v: Any
     r: Any
     lora_alpha: Any
     scaling: Any
@@ -43,6 +48,7 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
     active_adapters: Any
     disable_adapters: Any
     in_features: Any
+    out_features: Any
     set_adapter: Any
     get_base_layer: Any
     _move_adapter_to_device_of_base_layer: Any
@@ -62,21 +68,28 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         LoraLayer.__init__(self, base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
+        self.lora_magnitude_q, self.lora_magnitude_v = nn.ParameterDict(), nn.ParameterDict()
         self._active_adapter = adapter_name
+        self._merged_deltas: list[Tensor] = []
         self.update_layer(adapter_name, r, lora_alpha, config=config)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, **_: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **_: Any
+    ) -> None:
         """Adds one adapter of rank r; called by peft."""
-        width = self.in_features
+        width, out = self.in_features, self.out_features // 3
         for part in ("q", "v"):
-            a, b = nn.Linear(width, r, bias=False), nn.Linear(r, width, bias=False)
+            a, b = nn.Linear(width, r, bias=False), nn.Linear(r, out, bias=False)
             nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
             nn.init.zeros_(b.weight)
             getattr(self, f"lora_A_{part}")[adapter_name] = a
             getattr(self, f"lora_B_{part}")[adapter_name] = b
+            if config.use_dora:
+                lengths = self._rows(part).detach().norm(dim=1)
+                getattr(self, f"lora_magnitude_{part}")[adapter_name] = nn.Parameter(lengths)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / r
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -91,77 +104,136 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         y: Tensor = self.base_layer(x)
         if self.disable_adapters or self.merged:
             return y
-        q, k, v = torch.split(y, self.in_features, -1)
+        q, k, v = torch.split(y, self.out_features // 3, -1)
         for name in self.active_adapters:
-            q = q + self.lora_B_q[name](self.lora_A_q[name](x)) * self.scaling[name]
-            v = v + self.lora_B_v[name](self.lora_A_v[name](x)) * self.scaling[name]
+            q = self._updated(q, x, "q", name)
+            v = self._updated(v, x, "v", name)
         return torch.cat([q, k, v], -1)
+
+    def _updated(self, y: Tensor, x: Tensor, part: str, adapter: str) -> Tensor:
+        """One third of the output with its update."""
+        a, b = getattr(self, f"lora_A_{part}")[adapter], getattr(self, f"lora_B_{part}")[adapter]
+        update: Tensor = b(a(x)) * self.scaling[adapter]
+        ratio = self._row_ratio(part, adapter)
+        if ratio is None:
+            return y + update
+        shift = 0 if self.bias is None else self.bias[self._slice(part)]
+        # The bias is not part of the weight, and keeps its length.
+        lengthened: Tensor = ratio * (y - shift + update) + shift
+        return lengthened
+
+    def _row_ratio(self, part: str, adapter: str) -> Tensor | None:
+        """DoRA's factor on each row: the trained length over the length of the updated row."""
+        magnitudes = getattr(self, f"lora_magnitude_{part}")
+        if adapter not in magnitudes:
+            return None
+        # Held constant in the backward pass, as section 4.3 of the paper has it.
+        rows = (self._rows(part) + self._low_rank(part, adapter)).detach()
+        ratio: Tensor = magnitudes[adapter] / rows.norm(dim=1)
+        return ratio
+
+    def _low_rank(self, part: str, adapter: str) -> Tensor:
+        a, b = getattr(self, f"lora_A_{part}")[adapter], getattr(self, f"lora_B_{part}")[adapter]
+        update: Tensor = b.weight @ a.weight * self.scaling[adapter]
+        return update
+
+    def _slice(self, part: str) -> slice:
+        third = self.out_features // 3
+        return slice(0, third) if part == "q" else slice(2 * third, 3 * third)
+
+    def _rows(self, part: str) -> Tensor:
+        rows: Tensor = self.base_layer.weight[self._slice(part)]
+        return rows
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The merged update, (3C, C), exactly zero in the k rows."""
-        scale = self.scaling[adapter]
-        delta_q = self.lora_B_q[adapter].weight @ self.lora_A_q[adapter].weight * scale
-        delta_v = self.lora_B_v[adapter].weight @ self.lora_A_v[adapter].weight * scale
-        return torch.cat([delta_q, torch.zeros_like(delta_q), delta_v])
+        deltas = []
+        for part in ("q", "v"):
+            delta, ratio = self._low_rank(part, adapter), self._row_ratio(part, adapter)
+            if ratio is not None:
+                rows = self._rows(part)
+                delta = ratio[:, None] * (rows + delta) - rows
+            deltas.append(delta)
+        return torch.cat([deltas[0], torch.zeros_like(deltas[0]), deltas[1]])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates to the frozen weight in place."""
         for name in adapter_names or self.active_adapters:
-            self.base_layer.weight.data += self.get_delta_weight(name)
+            delta = self.get_delta_weight(name).detach()
+            self.base_layer.weight.data += delta
             self.merged_adapters.append(name)
+            self._merged_deltas.append(delta)
 
     def unmerge(self) -> None:
         """Takes the merged updates out again."""
         while self.merged_adapters:
-            self.base_layer.weight.data -= self.get_delta_weight(self.merged_adapters.pop())
+            self.merged_adapters.pop()
+            self.base_layer.weight.data -= self._merged_deltas.pop()
 
 
-def lora_config(preset: Preset, rank: int, alpha: float | None) -> LoraConfig:
-    """The peft configuration of a preset, with the qkv layer registered."""
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha or rank,
-        target_modules="|".join(f"(?:{pattern})" for pattern in preset.lora),
-        lora_dropout=0.0,
-        bias="none",
-    )
-    config._register_custom_module({QKVLinear: LoraQKV})
-    return config
-
-
-def attach(sam: Any, preset: Preset, rank: int, alpha: float | None, seed: int) -> PeftModel:
-    """Freezes a SAM, adds the preset's LoRA layers and makes its other parts trainable.
+def inject_lora(
+    model: Any,
+    patterns: tuple[str, ...],
+    fused: str,
+    *,
+    rank: int,
+    ranks: Mapping[str, int],
+    alpha: float | None,
+    variant: str,
+    seed: int,
+) -> LoraConfig:
+    """Freezes a model and gives the layers that match a LoRA.
 
     Args:
-        sam: Official `Sam`; changed in place.
-        preset: What to adapt and train.
-        rank: LoRA rank, at most the smallest width it meets.
+        model: Changed in place.
+        patterns: Expressions for whole module names.
+        fused: The expression for fused qkv projections, of which q and v are adapted.
+        rank: LoRA rank.
+        ranks: Other ranks, by expression for whole module names.
         alpha: LoRA scale times rank; the rank itself when None.
+        variant: "lora", "rslora" or "dora".
         seed: Seeds A.
 
     Raises:
-        ModelError: When the rank exceeds a layer's width.
+        ModelError: When a rank exceeds a layer's width.
     """
-    for block in sam.image_encoder.blocks:
-        block.attn.qkv.__class__ = QKVLinear
-    config = lora_config(preset, rank, alpha)
+    for name, module in model.named_modules():
+        if re.fullmatch(fused, name) and isinstance(module, nn.Linear):
+            module.__class__ = QKVLinear
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,
+        rank_pattern=dict(ranks),
+        alpha_pattern={} if alpha else dict(ranks),
+        target_modules="|".join(f"(?:{pattern})" for pattern in patterns),
+        lora_dropout=0.0,
+        bias="none",
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
+    )
+    config._register_custom_module({QKVLinear: LoraQKV})
+    _require_width(model, config, ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PeftModel = get_peft_model(sam, config)
-    for name, parameter in model.named_parameters():
-        official = official_name(name)
-        if matches(preset.train, official):
-            parameter.requires_grad_(True)
-        if ".lora_A" in name and rank > parameter.shape[1]:
+        inject_adapter_in_model(config, model)
+    return config
+
+
+def _require_width(model: Any, config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not re.fullmatch(config.target_modules, name):
+            continue
+        rank = next((r for p, r in ranks.items() if re.fullmatch(p, name)), config.r)
+        width = min(module.in_features, module.out_features)
+        if rank > width:
             raise ModelError(
                 "SAM-M301",
-                f"peft.rank {rank} is larger than layer {official} ({parameter.shape[1]} wide)",
-                "Choose a smaller rank.",
+                f"rank {rank} is larger than layer {name} ({width} wide)",
+                "Choose a smaller peft.rank, or one for this group of layers in peft.ranks.",
             )
-    return model
 
 
 def official_name(name: str) -> str:
     """A parameter's name without what peft's wrappers add to it."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.replace(".base_layer.", ".")
     return name.replace(".default", "") if "lora_" in name else name

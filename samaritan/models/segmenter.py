@@ -1,4 +1,4 @@
-"""SAM as a promptless multi-class segmenter: images in, one logit map per class out."""
+"""A base model as a multi-class segmenter: images in, one logit map per class out."""
 
 from __future__ import annotations
 
@@ -9,79 +9,91 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samaritan.models.encoder import encode_image
+from samaritan.models.family import Family, Prompts
 
 
 class Segmenter(nn.Module):
-    """An official SAM without prompts; mask token 0 is the background, token i is class i.
+    """A model of any family; its mask 0 is the background, mask i is class i.
 
-    The whole batch is decoded at once: output tokens and the "no mask" embedding are expanded to
-    the batch, so that every trained tensor sees one row per record.
+    Args:
+        model: The module of the base.
+        family: Runs it.
+        patch: Input sides must be multiples of this many pixels.
+        depth: Slices of a record that are encoded as images of their own; 1 gives neighbouring
+            slices to the model as channels.
     """
 
-    sam: Any
+    model: Any
 
-    def __init__(self, sam: nn.Module) -> None:
+    def __init__(self, model: nn.Module, family: Family, patch: int, depth: int = 1) -> None:
         super().__init__()
-        self.sam = sam
+        self.model, self.family, self.patch, self.depth = model, family, patch, depth
         self.autocast_dtype: torch.dtype | None = None
         """Encoder precision; None is fp32. The small decoder always runs in fp32."""
-
-    @property
-    def patch(self) -> int:
-        """Input sides must be multiples of this many pixels."""
-        return int(self.sam.image_encoder.patch_embed.proj.kernel_size[0])
+        self.recompute = False
+        """Whether the backward pass computes encoder blocks again instead of keeping them."""
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.sam.pixel_mean.device  # type: ignore[no-any-return]
+        return self.model.pixel_mean.device  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Logits of every class on the input grid.
 
         Args:
             images: (B, K, H, W) float, 0 to 1; K neighbouring slices, or one that is repeated.
+            prompts: Points and boxes, if the model is to be told where to look.
 
         Returns:
             (B, classes + 1, H, W) float32 logits, background first.
         """
-        mean, std = self.sam.pixel_mean, self.sam.pixel_std
+        rows, columns = images.shape[-2:]
+        return self.from_tokens(self.to_tokens(images, 0), 0, (rows, columns), prompts)
+
+    def to_tokens(self, images: Tensor, blocks: int) -> Tensor:
+        """What the first encoder blocks make of images; with 0 blocks, the normalised pixels.
+
+        Args:
+            images: (B, K, H, W) float, 0 to 1.
+            blocks: How many blocks to run.
+        """
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        if self.depth > 1:
+            images = images.flatten(0, 1)[:, None]
         if images.shape[1] == 1:
             images = images.expand(-1, mean.shape[0], -1, -1)
-        pixels = (images * 255.0 - mean) / std
+        pixels: Tensor = (images * 255.0 - mean) / std
+        if blocks == 0:
+            return pixels
         with self._autocast():
-            embedding = encode_image(self.sam.image_encoder, pixels)
-        logits = self._decode(embedding.float())
-        if logits.shape[-2:] != images.shape[-2:]:
-            logits = F.interpolate(
-                logits, size=images.shape[-2:], mode="bilinear", align_corners=False
-            )
+            tokens: Tensor = self.family.encode(self.model, pixels, slice(blocks))
+        return tokens
+
+    def from_tokens(
+        self, tokens: Tensor, blocks: int, size: tuple[int, int], prompts: Prompts | None = None
+    ) -> Tensor:
+        """Logits from what `to_tokens` returned.
+
+        Args:
+            tokens: From `to_tokens`.
+            blocks: As it was given there.
+            size: (rows, columns) of the images.
+            prompts: As for `forward`.
+        """
+        with self._autocast():
+            features = self.family.encode(self.model, tokens, slice(blocks, None), self.recompute)
+        if self.depth > 1:  # the labelled slice is the middle one
+            features = features.unflatten(0, (-1, self.depth))[:, self.depth // 2]
+        logits = self.family.decode(self.model, features.float(), prompts, size)
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
-
-    def _decode(self, embedding: Tensor) -> Tensor:
-        """(B, C, h, w) image embeddings -> (B, tokens, 4h, 4w) mask logits."""
-        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
-        b, c, h, w = embedding.shape
-        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = tokens.expand(b, -1, -1)
-        no_mask = prompts.no_mask_embed.weight.reshape(1, c, 1, 1)
-        position = prompts.pe_layer((h, w)).unsqueeze(0).expand(b, -1, -1, -1)
-        hidden, image = decoder.transformer(embedding + no_mask, position, tokens)
-        upscaled = decoder.output_upscaling(image.transpose(1, 2).reshape(b, c, h, w))
-        weights = torch.stack(
-            [
-                network(hidden[:, 1 + i])
-                for i, network in enumerate(decoder.output_hypernetworks_mlps)
-            ],
-            dim=1,
-        )
-        return torch.einsum("bnc,bchw->bnhw", weights, upscaled)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -1,0 +1,58 @@
+"""How much a method trains, counted on shapes alone: no checkpoint and no memory is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from samaritan.config import PeftConfig
+from samaritan.models.adapt import adapt
+from samaritan.models.bases import FAMILIES, get_base, parameters
+from samaritan.models.presets import get_preset
+
+
+@dataclass(frozen=True)
+class Count:
+    """Sizes of a model and of what is trained of it.
+
+    Attributes:
+        parameters: Of the base.
+        trained: That a preset trains, and a site sends.
+        image_size: Side of the input in pixels for which they hold.
+    """
+
+    parameters: int
+    trained: int
+    image_size: int
+
+
+def count_trained(
+    base: str, preset: str, rank: int, classes: int, image_size: int | None = None,
+    decoder: str = "official", depth: int = 5,
+) -> Count:  # fmt: skip
+    """Counts the parameters of a base and those a preset trains.
+
+    Args:
+        base: Name of the base.
+        preset: Name of the preset.
+        rank: LoRA rank.
+        classes: Structures to segment, background not counted.
+        image_size: Side of the input; the base's own when None.
+        decoder: "official" or "reference".
+        depth: Slices of a record, for presets that work across slices.
+
+    Raises:
+        ConfigError: For an unknown name.
+        ModelError: When the rank exceeds a layer's width.
+    """
+    spec = get_base(base)
+    side = image_size or spec.image_size
+    with torch.device("meta"):
+        model = FAMILIES[spec.family].construct(spec.shape, classes, spec.channels or 3, decoder)
+        total = parameters(model)
+        _, trained = adapt(
+            model, spec, PeftConfig(preset=preset, rank=rank), input_size=(side, side),
+            depth=depth if get_preset(preset).volumetric else 1, seed=0,
+        )  # fmt: skip
+    return Count(total, sum(p.numel() for p in trained.values()), side)
