@@ -244,8 +244,12 @@ def test_another_file_of_that_name_is_never_overwritten(get: Fetch) -> None:
 
 
 def test_the_published_places_are_encrypted() -> None:
-    assert set(SOURCES) == {"vit_b", "vit_l", "vit_h"}
-    assert set(SOURCES.values()) == {"https://dl.fbaipublicfiles.com/segment_anything"}
+    site = "https://dl.fbaipublicfiles.com"
+    assert {name for name in SOURCES if not name.startswith("sam2_")} == {"vit_b", "vit_l", "vit_h"}
+    for name, place in SOURCES.items():
+        sam2 = name.startswith("sam2_hiera_")
+        assert place == f"{site}/segment_anything{'_2/092824' if sam2 else ''}"
+        assert BASES[name].checkpoint
 
 
 @pytest.mark.parametrize("name", ["tiny", "vit_x", "", "mini"])
@@ -385,7 +389,16 @@ def test_a_part_from_another_place_is_not_appended(get: Fetch, shifted: int) -> 
 def test_a_part_that_does_not_tell_its_place_is_not_appended(get: Fetch, told: str | None) -> None:
     get.begin(1000)
     get.server.more = {"Content-Range": told}
-    get()
+    assert get().resumed_from == 0
+    assert is_whole(get)
+    assert get.server.ranges_asked == ["bytes=1000-", None]
+
+
+def test_a_whole_file_that_calls_itself_a_part_is_not_appended(get: Fetch) -> None:
+    get.begin(1000)
+    get.server.ranges = False
+    get.server.more = {"Content-Range": "bytes 1000-2999999/3000000"}
+    assert get().resumed_from == 0
     assert is_whole(get)
 
 
@@ -486,7 +499,7 @@ def test_offline_is_one_error_with_the_way_round(get: Fetch, how: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         if how == "hangs up":
-            threading.Thread(target=lambda: silent.accept()[0].close(), daemon=True).start()
+            threading.Thread(target=hang_up, args=(silent,), daemon=True).start()
         url = {
             "refused": f"http://127.0.0.1:{dead_port()}",
             "name": "http://samaritan.invalid",

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from samaritan.config import parse_config
 from samaritan.errors import ConfigError, ModelError
-from samaritan.models import encoder as encoder_module
+from samaritan.models import attention
 from samaritan.models.adapter import build_adapted
+from samaritan.models.attention import blocked_attention, fused_attention
 from samaritan.models.bases import BASES, build_base, state_sha256
 from samaritan.models.encoder import encode_image
 from samaritan.models.official import modeling
@@ -108,7 +109,7 @@ def official_encoder(spec: Any, encoder: Any, rows: int, columns: int) -> Any:
     return same.eval()
 
 
-@pytest.mark.parametrize("direct_tokens", [0, 10**9], ids=["fused", "direct"])
+@pytest.mark.parametrize("form", [fused_attention, blocked_attention])
 @pytest.mark.parametrize(
     "size",
     [(64, 64), (40, 40), (44, 44), (76, 76), (20, 20), (40, 60), (36, 52)],
@@ -116,9 +117,10 @@ def official_encoder(spec: Any, encoder: Any, rows: int, columns: int) -> Any:
 )
 def test_the_encoder_equals_the_official_one(
     mini: Any, mini_file: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int],
-    direct_tokens: int,
+    form: Any,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(encoder_module, "_DIRECT_TOKENS", direct_tokens)
+    monkeypatch.setattr(attention, "blocked_attention", form)  # the form of this machine
+    monkeypatch.setattr(attention, "_BLOCK_SCORES", 1000)  # several blocks of a window
     ours = build_base("mini", 2, checkpoint=mini_file).model.image_encoder
     theirs = official_encoder(mini, ours, size[0] // 4, size[1] // 4)
     images = 2 * pictures(0, 2, 3, *size) - 1
@@ -131,12 +133,13 @@ def test_the_encoder_equals_the_official_one(
         assert distance(theirs(images), expected) > 1e-2
 
 
-@pytest.mark.parametrize("direct_tokens", [0, 10**9], ids=["fused", "direct"])
+@pytest.mark.parametrize("form", [fused_attention, blocked_attention])
 @pytest.mark.parametrize("size", [(40, 40), (44, 64)])
 def test_adapter_gradients_equal_those_of_the_official_forward(
-    adapted_mini: Build, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], direct_tokens: int
+    adapted_mini: Build, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], form: Any
 ) -> None:
-    monkeypatch.setattr(encoder_module, "_DIRECT_TOKENS", direct_tokens)
+    monkeypatch.setattr(attention, "blocked_attention", form)  # the form of this machine
+    monkeypatch.setattr(attention, "_BLOCK_SCORES", 1000)  # several blocks of a window
     model = adapted_mini(stir=0.1)
     encoder = model.segmenter.model.image_encoder
     lora = [p for name, p in model.trained.items() if ".attn.qkv.lora_" in name]

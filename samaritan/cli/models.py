@@ -52,7 +52,7 @@ def list_models(json: _Json = False) -> None:
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Base model: vit_b, vit_l or vit_h.")],
+    name: Annotated[str, typer.Argument(help="Base model, such as vit_b.")],
     to: Annotated[Path | None, typer.Option(help="Folder; the user's cache by default.")] = None,
     json: _Json = False,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from samaritan.config import PeftConfig
 from samaritan.errors import ConfigError
 from samaritan.models.bases import FAMILIES, Base
-from samaritan.models.family import belongs, last_blocks
+from samaritan.models.family import Family, belongs, last_blocks
 from samaritan.models.inserts import attach_inserts
 from samaritan.models.lora import inject_lora, official_name
 from samaritan.models.presets import Preset, get_preset
@@ -48,7 +47,7 @@ def adapt(
     preset, family = get_preset(settings.preset), FAMILIES[base.family]
     extra_lora, extra_train = (base.extra_lora, base.extra_train) if preset.lora else ((), ())
     blocks = family.num_blocks(model)
-    _check(preset, settings, family.parts, blocks, base)
+    _check(preset, settings, family, blocks, base)
 
     def pattern(part: str) -> str:
         return last_blocks(family.parts[part], blocks, settings.blocks)
@@ -89,16 +88,17 @@ def _within(part: str, group: str) -> bool:
     return part == group or part.startswith(f"{group}.")
 
 
-def _check(
-    preset: Preset, settings: PeftConfig, parts: Mapping[str, str], blocks: int, base: Base
-) -> None:
+def _check(preset: Preset, settings: PeftConfig, family: Family, blocks: int, base: Base) -> None:
     """Refuses what the base or the preset does not have.
 
     Raises:
         ConfigError: With the choices.
     """
     used = {*preset.lora, *preset.train, *(insert.part for insert in preset.inserts)}
-    lacking = sorted(used - parts.keys())
+    lacking = sorted(used - family.parts.keys())
+    lacking += sorted(
+        {f"inserts of the kind {i.kind}" for i in preset.inserts if i.kind not in family.inserts}
+    )
     if lacking:
         raise ConfigError(
             "SAM-C206",

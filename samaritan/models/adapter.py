@@ -45,6 +45,7 @@ class AdaptedModel:
         segmenter: Images to logits.
         base: What was frozen, with its hash.
         trained: Parameters of the adapter by official name.
+        preset: Name of the method.
         lora: peft's configuration, where the preset uses LoRA.
         frozen_blocks: Encoder blocks at the beginning that nothing trained comes before or into.
     """
@@ -52,6 +53,7 @@ class AdaptedModel:
     segmenter: Segmenter
     base: BuiltBase
     trained: Mapping[str, torch.nn.Parameter]
+    preset: str
     lora: LoraConfig | None
     frozen_blocks: int
 
@@ -109,7 +111,43 @@ def build_adapted(
     segmenter = Segmenter(base.model, base.family, base.spec.patch, depth).to(device)
     segmenter.autocast_dtype = autocast_dtype(config.training.precision, device)
     segmenter.recompute = config.training.recompute
-    return AdaptedModel(segmenter, base, trained, lora, _frozen_blocks(base, trained))
+    if config.model.frozen_precision == "bf16":
+        _halve_frozen(base, segmenter.autocast_dtype)
+    frozen_blocks = _frozen_blocks(base, trained)
+    _check_prefix(config, frozen_blocks)
+    return AdaptedModel(segmenter, base, trained, config.peft.preset, lora, frozen_blocks)
+
+
+def _check_prefix(config: Config, frozen_blocks: int) -> None:
+    if config.training.prefix_cache_mb and not frozen_blocks:
+        raise ConfigError(
+            "SAM-C212",
+            f"training.prefix_cache_mb is {config.training.prefix_cache_mb}, but with peft.preset "
+            f"{config.peft.preset} and peft.blocks {config.peft.blocks} the first encoder block or "
+            "what comes before it is trained, so that nothing can be kept",
+            "Set peft.blocks to adapt only the last blocks, or training.prefix_cache_mb to 0.",
+        )
+
+
+def _halve_frozen(base: BuiltBase, autocast: torch.dtype | None) -> None:
+    """Holds the frozen weights of linear encoder layers in bf16, in which they compute anyway.
+
+    Raises:
+        ConfigError: When the encoder computes in fp32.
+    """
+    if autocast is not torch.bfloat16:
+        raise ConfigError(
+            "SAM-C210",
+            "model.frozen_precision is bf16, but the encoder computes in fp32",
+            "Set training.precision to bf16, or leave model.frozen_precision at fp32.",
+        )
+    blocks = base.family.parts["encoder.blocks"]
+    for name, module in base.model.named_modules():
+        # Linear alone: norms and tables compute in fp32, and an insert's weights are not frozen.
+        if isinstance(module, torch.nn.Linear) and belongs(official_name(name), [blocks]):
+            for parameter in (module.weight, module.bias):
+                if parameter is not None and not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
 
 
 def _frozen_blocks(base: BuiltBase, trained: Iterable[str]) -> int:
@@ -263,7 +301,19 @@ def merged_state(model: AdaptedModel) -> AdapterState:
 
     `segment_anything`'s classes load it with ``strict=True`` when built with as many mask tokens;
     for three classes that is the stock registry builder. The model itself is left as it was.
+
+    Raises:
+        ModelError: When the method adds modules that no official layer can take in.
     """
+    inserts = get_preset(model.preset).inserts
+    beside = sorted({insert.kind for insert in inserts} - {"factors"})
+    if beside:
+        raise ModelError(
+            "SAM-M305",
+            f"preset {model.preset} adds modules beside the layers ({', '.join(beside)}), "
+            "which no official checkpoint can hold",
+            "Use the adapter folder with Samaritan, or train a preset of LoRA alone.",
+        )
     deltas: dict[str, Tensor] = {}
     for name, module in model.base.model.named_modules():
         if isinstance(module, LoraLayer):
@@ -281,12 +331,13 @@ def merged_state(model: AdaptedModel) -> AdapterState:
 
 def _merged_weight(layer: Any) -> Tensor:
     """The weight of a layer with its LoRA folded in; the layer is left as it was, to the bit."""
-    weight = layer.get_base_layer().weight.data
-    held = weight.clone()
-    layer.merge()
-    merged: Tensor = weight.clone()
+    parameter = layer.get_base_layer().weight
+    held = parameter.data
+    parameter.data = held.float().clone()  # frozen weights may be held in bf16
+    layer.merge()  # in place, or for peft's DoRA into a new tensor
+    merged: Tensor = parameter.data.clone()
     layer.unmerge()
-    weight.copy_(held)  # adding and taking away leaves the last bits changed
+    parameter.data = held  # adding and taking away leaves the last bits changed
     return merged
 
 

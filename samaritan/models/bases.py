@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from samaritan.errors import ConfigError, ModelError
 from samaritan.models import sam as sam_family
+from samaritan.models import sam2 as sam2_family
 from samaritan.models.checkpoints import describe_faults, read_state
 from samaritan.models.family import Family
 from samaritan.models.memory import require_memory
 from samaritan.models.sam import SamShape
+from samaritan.models.sam2 import Sam2Shape
 from samaritan.models.tiny import initialise
 
 
@@ -48,7 +50,7 @@ class Base:
     note: str = ""
 
 
-FAMILIES: dict[str, Family] = {"sam": sam_family.FAMILY}
+FAMILIES: dict[str, Family] = {"sam": sam_family.FAMILY, "sam2": sam2_family.FAMILY}
 
 BASES = {
     "vit_b": Base(
@@ -74,6 +76,42 @@ BASES = {
             "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
         ),
         note="Segment Anything ViT-H (Meta AI, Apache-2.0).",
+    ),
+    "sam2_hiera_tiny": Base(
+        Sam2Shape(96, 1, (1, 2, 7, 2), (5, 7, 9)),
+        patch=32, family="sam2",
+        checkpoint=(
+            "sam2.1_hiera_tiny.pt",
+            "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        ),
+        note="SAM 2.1 Hiera tiny (Meta AI, Apache-2.0); MedSAM2 has its shape.",
+    ),
+    "sam2_hiera_small": Base(
+        Sam2Shape(96, 1, (1, 2, 11, 2), (7, 10, 13)),
+        patch=32, family="sam2",
+        checkpoint=(
+            "sam2.1_hiera_small.pt",
+            "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        ),
+        note="SAM 2.1 Hiera small (Meta AI, Apache-2.0).",
+    ),
+    "sam2_hiera_base_plus": Base(
+        Sam2Shape(112, 2, (2, 3, 16, 3), (12, 16, 20), position_grid=14),
+        patch=32, family="sam2",
+        checkpoint=(
+            "sam2.1_hiera_base_plus.pt",
+            "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        ),
+        note="SAM 2.1 Hiera base plus (Meta AI, Apache-2.0).",
+    ),
+    "sam2_hiera_large": Base(
+        Sam2Shape(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
+        patch=32, family="sam2",
+        checkpoint=(
+            "sam2.1_hiera_large.pt",
+            "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        ),
+        note="SAM 2.1 Hiera large (Meta AI, Apache-2.0).",
     ),
     "tiny": Base(
         SamShape(

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-_DIRECT_TOKENS = 256
-"""Up to this many tokens the plain softmax is as fast as the fused kernel (notes: 14x14)."""
+from samaritan.models.attention import attend
 
 
 def encode_image(
@@ -36,11 +35,12 @@ def encode_image(
         recompute: Keep only each block's input for the backward pass, and run the block again.
 
     Returns:
-        (B, out_chans, H, W) embeddings, or (B, H, W, C) tokens where `blocks` ends before the last.
+        (B, out_chans, H, W) embeddings, or (B, H, W, C) tokens where `blocks` says where to end.
     """
     first, last, _ = blocks.indices(len(encoder.blocks))
     if first == 0:
-        x = encoder.patch_embed(x)
+        # Sums round by the layout too, and tokens that were kept have this one.
+        x = encoder.patch_embed(x).contiguous()
         if encoder.pos_embed is not None:
             x = x + resized_positions(encoder.pos_embed, (x.shape[1], x.shape[2]))
     for block in encoder.blocks[first:last]:
@@ -48,7 +48,7 @@ def encode_image(
             x = checkpoint(_block, block, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = _block(block, x)
-    if last < len(encoder.blocks):
+    if blocks.stop is not None:  # also after the last block, so that a trained neck is run anew
         return x
     embedding: Tensor = encoder.neck(x.permute(0, 3, 1, 2))
     return embedding
@@ -66,20 +66,15 @@ def resized_positions(table: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _block(block: Any, x: Tensor) -> Tensor:
     """One transformer block with whatever a preset has added to it; x is (B, H, W, C)."""
-    height, width = x.shape[1:3]
     attn = block.attn
     if hasattr(block, "before_attention"):
         x = block.before_attention(x)
     tokens = attn.qkv(block.norm1(block.tokens)) if hasattr(block, "tokens") else None
     qkv = attn.qkv(block.norm1(x))
-    windows = _cut_windows(qkv, block.window_size, attn.qkv.bias) if block.window_size else qkv
-    mixed = _attend(attn, windows, tokens)
-    if block.window_size:
-        mixed = _join_windows(mixed, block.window_size, height, width)
-    attended = attn.proj(mixed)
+    attended = attn.proj(_attend(attn, qkv, block.window_size, tokens))
     if hasattr(block, "depth_branch"):
         branch = block.depth_branch
-        along = branch.unfold(_attend(attn, branch.fold(qkv), tokens), height, width)
+        along = branch.unfold(_attend(attn, branch.fold(qkv), 0, tokens), *x.shape[1:3])
         attended = attended + branch.bottleneck(attn.proj(along))
     x = x + attended
     if hasattr(block, "after_attention"):
@@ -87,48 +82,15 @@ def _block(block: Any, x: Tensor) -> Tensor:
     return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
 
 
-def _attend(attn: Any, qkv: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Multi-head attention within each grid, and to tokens without a place on it.
-
-    Args:
-        attn: Gives heads, scale and position tables.
-        qkv: (B, H, W, 3C).
-        tokens: (P, 3C), the same for every grid; only looked at, never looking.
-
-    Returns:
-        (B, H, W, C).
-    """
-    b, h, w, channels = qkv.shape
-    n, heads, d = h * w, attn.num_heads, channels // 3 // attn.num_heads
-    q, k, v = qkv.reshape(b, n, 3, heads, d).permute(2, 0, 3, 1, 4)
-    rel_h, rel_w = _relative_positions(attn, q, h, w)
-    if tokens is not None:
-        _, more_k, more_v = tokens.reshape(-1, 3, heads, d).permute(1, 2, 0, 3)
-        k = torch.cat([k, more_k.expand(b, -1, -1, -1)], 2)
-        v = torch.cat([v, more_v.expand(b, -1, -1, -1)], 2)
-    if n > _DIRECT_TOKENS:
-        out = _fused_attention(q * attn.scale, k, v, rel_h, rel_w)
-    else:
-        out = _direct_attention(q, k, v, rel_h, rel_w, scale=attn.scale)
-    return out.transpose(1, 2).reshape(b, h, w, channels // 3)
-
-
-def _relative_positions(attn: Any, q: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Decomposed relative position scores (B, heads, n, H) and (B, heads, n, W).
-
-    Every query meets every distance in one product, and each picks the distances of its keys.
-    """
-    tables = torch.cat([resized_table(attn.rel_pos_h, h), resized_table(attn.rel_pos_w, w)])
-    scores = q @ tables.T
-    row, column = torch.meshgrid(
-        torch.arange(h, device=q.device), torch.arange(w, device=q.device), indexing="ij"
-    )
-    # A table's entry for the distance i - j is at i - j + size - 1.
-    rows = row.reshape(-1, 1) - row[:, :1].T + h - 1
-    columns = column.reshape(-1, 1) - column[:1] + w - 1 + 2 * h - 1
-    index = torch.cat([rows, columns], -1).expand(*scores.shape[:-1], h + w)
-    rel_h, rel_w = scores.gather(-1, index).split([h, w], -1)  # type: ignore[no-untyped-call]
-    return rel_h, rel_w
+def _attend(attn: Any, qkv: Tensor, window: int, tokens: Tensor | None) -> Tensor:
+    """(B, H, W, 3C) -> (B, H, W, C)."""
+    rows, columns = (window, window) if window else qkv.shape[1:3]
+    tables = (resized_table(attn.rel_pos_h, rows), resized_table(attn.rel_pos_w, columns))
+    # The official order fills up windows with zeros before qkv, and qkv(0) is the bias.
+    return attend(
+        qkv, attn.qkv.bias, tables, heads=attn.num_heads, scale=attn.scale, window=window,
+        tokens=tokens,
+    )  # fmt: skip
 
 
 def resized_table(table: Tensor, size: int) -> Tensor:
@@ -136,60 +98,3 @@ def resized_table(table: Tensor, size: int) -> Tensor:
     if table.shape[0] == 2 * size - 1:
         return table
     return F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
-
-
-def _direct_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
-) -> Tensor:
-    """The plain softmax, with the scores added to the bias as they are computed."""
-    b, heads, n, d = q.shape
-    bias = (rel_h[..., :, None] + rel_w[..., None, :]).reshape(b * heads, n, n)
-    q, k, v = (x.reshape(b * heads, -1, d) for x in (q, k, v))
-    if k.shape[1] > n:
-        bias = F.pad(bias, (0, k.shape[1] - n))
-    out = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
-    return out.view(b, heads, n, d)
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """Exact attention with relative positions on the fused kernel, gradients included.
-
-    q.k + rel_h[kh] + rel_w[kw] equals [q, rel_h, rel_w] . [k, onehot(kh), onehot(kw)], so the bias
-    becomes extra channels; as an additive mask that needs gradients it would fall back to the slow
-    kernel.
-    """
-    h, w, d = rel_h.shape[-1], rel_w.shape[-1], q.shape[-1]
-    rows = torch.eye(h, dtype=q.dtype, device=q.device).repeat_interleave(w, 0)
-    columns = torch.eye(w, dtype=q.dtype, device=q.device).repeat(h, 1)
-    where = F.pad(torch.cat([rows, columns], -1), (0, 0, 0, k.shape[2] - h * w))
-    out = F.scaled_dot_product_attention(
-        torch.cat([q, rel_h.to(q.dtype), rel_w.to(q.dtype)], -1),
-        torch.cat([k, where.expand(*k.shape[:-1], h + w)], -1),
-        F.pad(v, (0, h + w)),
-        scale=1.0,
-    )
-    return out[..., :d]
-
-
-def _cut_windows(qkv: Tensor, window: int, bias: Tensor) -> Tensor:
-    """(B, H, W, 3C) -> (B * windows, window, window, 3C); padded tokens hold the bias.
-
-    The official order pads the input with zeros, and qkv(0) is the bias.
-    """
-    b, h, w, c = qkv.shape
-    rows, columns = -(-h // window), -(-w // window)
-    if (rows * window, columns * window) != (h, w):
-        padded = bias.to(qkv.dtype).expand(b, rows * window, columns * window, c).clone()
-        padded[:, :h, :w] = qkv
-        qkv = padded
-    grid = qkv.reshape(b, rows, window, columns, window, c)
-    return grid.transpose(2, 3).reshape(-1, window, window, c)
-
-
-def _join_windows(windows: Tensor, window: int, h: int, w: int) -> Tensor:
-    """The inverse of `_cut_windows` for (B * windows, window, window, C), padding dropped."""
-    rows, columns = -(-h // window), -(-w // window)
-    grid = windows.reshape(-1, rows, columns, window, window, windows.shape[-1])
-    return grid.transpose(2, 3).reshape(-1, rows * window, columns * window, windows.shape[-1])[
-        :, :h, :w
-    ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,24 @@ class Prompts:
         """Prompts of some of the records."""
         return Prompts(self.points[records], self.labels[records])
 
+    def to(self, device: torch.device) -> Prompts:
+        """The same prompts on a device."""
+        return Prompts(self.points.to(device), self.labels.to(device))
+
+    def groups(self) -> list[tuple[Tensor, Prompts | None]]:
+        """Indices of records with equally many prompts, and these prompts without padding."""
+        real = self.labels >= 0
+        counts = real.sum(1)
+        found: list[tuple[Tensor, Prompts | None]] = []
+        for count in sorted(set(counts.tolist())):
+            records = (counts == count).nonzero()[:, 0]
+            kept, shape = real[records], (len(records), count)
+            part = Prompts(
+                self.points[records][kept].view(*shape, 2), self.labels[records][kept].view(shape)
+            )
+            found.append((records, part if count else None))
+        return found
+
 
 @dataclass(frozen=True)
 class Family:
@@ -43,6 +62,7 @@ class Family:
         resize_tables: (model, input size) fits position tables that are trained to the input.
         fit: Changes a published state dict to a number of classes.
         parts: Name of a group of layers -> expression for the start of its parameters' names.
+        inserts: Kinds of `presets.Insert` it takes; hooks serve the first two on any layer.
     """
 
     construct: Callable[[Any, int, int, str], Any]
@@ -52,6 +72,7 @@ class Family:
     resize_tables: Callable[[Any, tuple[int, int]], None]
     fit: Callable[[dict[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
     parts: Mapping[str, str]
+    inserts: frozenset[str] = frozenset({"serial", "parallel"})
 
 
 def belongs(name: str, patterns: Iterable[str]) -> bool:

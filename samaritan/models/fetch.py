@@ -28,6 +28,9 @@ from samaritan.models.checkpoints import file_sha256
 
 SOURCES = dict.fromkeys(
     ("vit_b", "vit_l", "vit_h"), "https://dl.fbaipublicfiles.com/segment_anything"
+) | dict.fromkeys(
+    ("sam2_hiera_tiny", "sam2_hiera_small", "sam2_hiera_base_plus", "sam2_hiera_large"),
+    "https://dl.fbaipublicfiles.com/segment_anything_2/092824",
 )
 """Where the checkpoint of a base is published, without the file name."""
 

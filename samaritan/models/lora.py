@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samaritan.errors import ModelError
 
@@ -101,14 +102,37 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C)."""
-        y: Tensor = self.base_layer(x)
         if self.disable_adapters or self.merged:
-            return y
+            unchanged: Tensor = self.base_layer(x)
+            return unchanged
+        if self._fusible(x):
+            (name,) = self.active_adapters
+            factors = (getattr(self, kind)[name].weight for kind in self.adapter_layer_names)
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            fused: Tensor = _FusedUpdate.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, *factors, self.scaling[name]
+            )
+            return fused
+        y: Tensor = self.base_layer(x)
         q, k, v = torch.split(y, self.out_features // 3, -1)
         for name in self.active_adapters:
             q = self._updated(q, x, "q", name)
             v = self._updated(v, x, "v", name)
         return torch.cat([q, k, v], -1)
+
+    def _fusible(self, x: Tensor) -> bool:
+        """Whether the update is best added to the weight for the time of one product.
+
+        It is in fp32, where bf16 would round small updates away (measured on vit_b: 1.00 to 1.06
+        times faster). A frozen weight needs no gradient, which the fused form does not compute.
+        """
+        return (
+            len(self.active_adapters) == 1
+            and not self.lora_magnitude_q
+            and x.dtype == self.base_layer.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled(x.device.type)
+            and not self.base_layer.weight.requires_grad
+        )
 
     def _updated(self, y: Tensor, x: Tensor, part: str, adapter: str) -> Tensor:
         """One third of the output with its update."""
@@ -128,7 +152,7 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         if adapter not in magnitudes:
             return None
         # Held constant in the backward pass, as section 4.3 of the paper has it.
-        rows = (self._rows(part) + self._low_rank(part, adapter)).detach()
+        rows = (self._rows(part).float() + self._low_rank(part, adapter)).detach()
         ratio: Tensor = magnitudes[adapter] / rows.norm(dim=1)
         return ratio
 
@@ -169,6 +193,49 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         while self.merged_adapters:
             self.merged_adapters.pop()
             self.base_layer.weight.data -= self._merged_deltas.pop()
+
+
+class _FusedUpdate(torch.autograd.Function):
+    """x (W + s [B_q A_q; 0; B_v A_v])' + bias in one product, and low-rank gradients.
+
+    Forward and backward pass the large matrix once each, as without an adapter; the updated matrix
+    is made anew for both, which costs little beside the product and keeps no copy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_q: Tensor, b_q: Tensor,
+        a_v: Tensor, b_v: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, a_q, b_q, a_v, b_v)
+        ctx.scale = scale
+        return F.linear(x, _updated_weight(weight, a_q, b_q, a_v, b_v, scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, a_q, b_q, a_v, b_v = ctx.saved_tensors
+        scale, third = ctx.scale, weight.shape[0] // 3
+        grad, rows = gradients[0].flatten(0, -2), x.flatten(0, -2)
+        grad_q, grad_v = grad[:, :third], grad[:, 2 * third :]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _updated_weight(weight, a_q, b_q, a_v, b_v, scale)).view(x.shape)
+        low_q, low_v = (rows @ torch.cat([a_q, a_v]).T).split([len(a_q), len(a_v)], -1)
+        back = torch.cat([grad_q @ b_q, grad_v @ b_v], -1)
+        grad_a_q, grad_a_v = (back.T @ rows * scale).split([len(a_q), len(a_v)])
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_b_q, grad_b_v = grad_q.T @ low_q * scale, grad_v.T @ low_v * scale
+        return grad_x, None, grad_bias, grad_a_q, grad_b_q, grad_a_v, grad_b_v, None
+
+
+def _updated_weight(
+    weight: Tensor, a_q: Tensor, b_q: Tensor, a_v: Tensor, b_v: Tensor, scale: float
+) -> Tensor:
+    third = weight.shape[0] // 3
+    updated = weight.detach().clone()
+    updated[:third].addmm_(b_q, a_q, alpha=scale)
+    updated[2 * third :].addmm_(b_v, a_v, alpha=scale)
+    return updated
 
 
 def inject_lora(

@@ -107,7 +107,7 @@ PRESETS = {
         train=_HEADS,
     ),
     "norm-bias": Preset(
-        "BitFit, arXiv 2106.10199, and norms",
+        "BitFit, arXiv 2106.10199, and norms, as in micro-sam, arXiv 2502.00418",
         train=("encoder.norm", "encoder.bias", "encoder.neck_norm", "decoder.norm", "decoder.bias",
                *_HEADS),
     ),

@@ -184,21 +184,30 @@ _PER_TOKEN = (
 _HYPERNETWORKS = "mask_decoder.output_hypernetworks_mlps."
 
 
-def _fit(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fit_tokens(
+    state: dict[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    per_token: tuple[str, ...] = _PER_TOKEN,
+) -> dict[str, Tensor]:
     """Fits a published state dict to the mask tokens and the decoder that a task needs.
 
     A task with another number of classes than SAM's three masks starts each of its tokens,
     hypernetworks and quality outputs from the official one of the same index modulo four. What the
     reference decoder has besides is left to its random start.
+
+    Args:
+        state: As published, under the names of `wanted`.
+        wanted: The state dict of the model to fill.
+        per_token: Tensors with a row for each mask token, the tokens first.
     """
-    tokens = wanted[_PER_TOKEN[0]].shape[0]
-    rows = {state[name].shape[:1] for name in _PER_TOKEN if name in state}
+    tokens = wanted[per_token[0]].shape[0]
+    rows = {state[name].shape[:1] for name in per_token if name in state}
     held = next(iter(rows), None)
     if len(rows) != 1 or not held or held[0] == 0:
         return state
     source = [i % held[0] for i in range(tokens)]
     fitted = {k: v for k, v in state.items() if not k.startswith(_HYPERNETWORKS)}
-    for name in _PER_TOKEN:
+    for name in per_token:
         if name in fitted:
             fitted[name] = fitted[name][source]
     for name, value in state.items():
@@ -216,6 +225,7 @@ def _fit(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Te
 
 
 _BLOCK, _TRANSFORMER = r"image_encoder\.blocks\.\d+", r"mask_decoder\.transformer\..*"
+_LAYERS = r"mask_decoder\.transformer\.layers\.\d+"
 
 FAMILY = Family(
     construct=construct,
@@ -223,7 +233,10 @@ FAMILY = Family(
     decode=_decode,
     num_blocks=lambda sam: len(sam.image_encoder.blocks),
     resize_tables=_resize_tables,
-    fit=_fit,
+    fit=fit_tokens,
+    inserts=frozenset({
+        "serial", "parallel", "depth", "before_attention", "after_attention", "factors", "tokens",
+    }),
     parts={
         "encoder.patch": r"image_encoder\.(patch_embed|pos_embed)",
         "encoder.blocks": _BLOCK,
@@ -244,8 +257,8 @@ FAMILY = Family(
         "decoder.ko": rf"{_TRANSFORMER}\.(k|out)_proj",
         "decoder.mlp": rf"{_TRANSFORMER}\.mlp\.lin[12]",
         "decoder.mlp_block": rf"{_TRANSFORMER}\.mlp",
-        "decoder.token_to_image": rf"{_TRANSFORMER}_token_to_image\.out_proj",
-        "decoder.image_to_token": rf"{_TRANSFORMER}_image_to_token\.out_proj",
+        "decoder.token_to_image": rf"{_LAYERS}\.cross_attn_token_to_image\.out_proj",
+        "decoder.image_to_token": rf"{_LAYERS}\.cross_attn_image_to_token\.out_proj",
         "decoder.norm": r"mask_decoder\.transformer\.(.*\.)?norm[^.]*",
         "decoder.bias": rf"{_TRANSFORMER}\.bias",
         "decoder.tokens": r"mask_decoder\.mask_tokens",
@@ -255,4 +268,4 @@ FAMILY = Family(
         "prompt_encoder": r"prompt_encoder",
         "prompt_encoder.no_mask": r"prompt_encoder\.no_mask_embed",
     },
-)
+)  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from samaritan.models.family import Family, Prompts
 
@@ -84,16 +85,37 @@ class Segmenter(nn.Module):
         with self._autocast():
             features = self.family.encode(self.model, tokens, slice(blocks, None), self.recompute)
         if self.depth > 1:  # the labelled slice is the middle one
-            features = features.unflatten(0, (-1, self.depth))[:, self.depth // 2]
-        logits = self.family.decode(self.model, features.float(), prompts, size)
+            features = tree_map(self._middle, features)
+        logits = self._decode(tree_map(Tensor.float, features), prompts, size)
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits
+
+    def _middle(self, features: Tensor) -> Tensor:
+        return features.view(-1, self.depth, *features.shape[1:])[:, self.depth // 2]
+
+    def _decode(self, features: Any, prompts: Prompts | None, size: tuple[int, int]) -> Tensor:
+        """Decodes records with equally many prompts together.
+
+        Padding would be attended to, and a record's logits depend on the others in its batch.
+        """
+        if prompts is None:
+            return self.family.decode(self.model, features, None, size)
+        groups = prompts.groups()
+        decoded = [
+            self.family.decode(self.model, _pick(features, records), part, size)
+            for records, part in groups
+        ]
+        return torch.cat(decoded)[torch.cat([records for records, _ in groups]).argsort()]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+def _pick(features: Any, records: Tensor) -> Any:
+    return tree_map(lambda feature: feature[records], features)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
