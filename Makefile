@@ -33,6 +33,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sites
+	$(BIN)/python -m benchmarks.training_step
 
 clean:
 	rm -rf $(VENV) build *.egg-info

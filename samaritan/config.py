@@ -126,6 +126,10 @@ class TrainingConfig(Section):
     clip_norm: float = Field(default=1.0, gt=0)
     foreground_fraction: float = Field(default=0.8, ge=0, le=1)
     """Share of drawn slices that touch a labelled structure."""
+    prompts: Literal["none", "box", "point", "mixed"] = "none"
+    """What the model is told about where structures are, drawn from the labels with the jitter of
+    SAM's training: one box around all, one point in each, or for each slice one of none, box and
+    points."""
     flip: tuple[Literal["left-right", "anterior-posterior", "superior-inferior"], ...] = ()
     """Body axes mirrored at random."""
     rotate_degrees: float = Field(default=10.0, ge=0, le=180)
@@ -135,6 +139,10 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     recompute: bool = False
     """Compute encoder blocks again in the backward pass: less memory, about a third more time."""
+    prefix_cache_mb: int = Field(default=0, ge=0)
+    """Disk space of each site for what frozen encoder blocks make of slices; 0 keeps nothing."""
+    cached_views: int = Field(default=4, ge=1, le=1000)
+    """Augmented views of a slice that training draws among where `prefix_cache_mb` is not 0."""
 
 
 class FederationConfig(Section):
@@ -159,6 +167,9 @@ class EvaluationConfig(Section):
     """Mirrored copies averaged at test time."""
     window_overlap: float = Field(default=0.25, ge=0, lt=1)
     """Overlap of sliding windows where a plane is larger than the model input."""
+    prompts: Literal["none", "box", "point"] = "none"
+    """Oracle prompts, taken from the true labels: scores say what a perfect reader's box or points
+    would give, and are marked so. `samaritan predict` has no labels and refuses them."""
 
 
 class Config(Section):

@@ -10,23 +10,35 @@ from pathlib import Path
 from samaritan.errors import StorageError
 
 
-def write_atomically(path: Path, payload: bytes) -> None:
+def write_atomically(
+    path: Path, payload: bytes, *, durable: bool = True, private: bool = False
+) -> None:
     """Writes a file so that a crash leaves the old one or the new one, never a part.
 
     Folders on the way are made; file and folder are on the disk when this returns.
+
+    Args:
+        path: The file.
+        payload: What it holds.
+        durable: Wait for the disk. Without, a crash of the whole machine may leave a file of the
+            right name with other content.
+        private: Only the owner can read the file and folders made for it.
 
     Raises:
         StorageError: When the system refuses; nothing of the new file is left behind.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
+        _make_folder(path.parent, 0o700 if private else 0o777)
+        partial.touch(0o600 if private else 0o666, exist_ok=False)
+        with partial.open("wb") as file:
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -35,6 +47,13 @@ def write_atomically(path: Path, payload: bytes) -> None:
             f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
             "Free space or mend the permissions; a run goes on with --resume.",
         ) from error
+
+
+def _make_folder(folder: Path, mode: int) -> None:
+    """Makes a folder and, other than `mkdir`, its missing parents with the same mode."""
+    if not folder.is_dir():
+        _make_folder(folder.parent, mode)
+        folder.mkdir(mode, exist_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

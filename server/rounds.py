@@ -160,7 +160,7 @@ class _Progress:
         self.federation, self.state, self.nodes = federation, state, nodes
 
     def close_round(self, outcome: RoundOutcome) -> None:
-        entry = round_entry(outcome, self.nodes)
+        entry = round_entry(outcome, self.nodes, self.federation.config.evaluation.prompts)
         self.state = Checkpoint(
             outcome.server_round,
             outcome.adapter,
@@ -173,7 +173,9 @@ class _Progress:
             self.federation.on_round(entry)
 
 
-def round_entry(outcome: RoundOutcome, sites: Mapping[int, str]) -> dict[str, Any]:
+def round_entry(
+    outcome: RoundOutcome, sites: Mapping[int, str], oracle_prompts: str
+) -> dict[str, Any]:
     """A round as summary.json holds it."""
     trained = {r.node_id: r for r in outcome.train}
     scored = {r.node_id: r for r in outcome.evaluate}
@@ -188,6 +190,7 @@ def round_entry(outcome: RoundOutcome, sites: Mapping[int, str]) -> dict[str, An
         "round": outcome.server_round,
         "seconds": round(outcome.seconds, 3),
         "dice_mean": dice[0] / dice[1] if dice[1] else None,
+        "oracle_prompts": oracle_prompts,
         "sites": dict(sorted(entries.items())),
     }
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from samaritan.config import Config
 from samaritan.data.datasets import Case
 from samaritan.data.slices import CaseCache
 from samaritan.models.adapter import AdaptedModel, AdapterState
@@ -50,7 +51,8 @@ def run_baselines(
     begun = time.monotonic()
     scores = _train_and_score(study, model, cache, initial, study.cases(TRAIN), "pooled", total)
     seconds = time.monotonic() - begun
-    pooled = _entry(scores) | {"steps": total, "seconds": round(seconds, 1)}
+    prompts = study.config.evaluation.prompts
+    pooled = _entry(scores, prompts) | {"steps": total, "seconds": round(seconds, 1)}
     note(f"baseline: pooled Dice {_text(pooled['dice_mean'])}; U-Net on all data, {seconds:.0f} s")
     unet, parameters, unet_steps = train_unet(
         cache,
@@ -64,13 +66,13 @@ def run_baselines(
     return {
         "local_only": local,
         "centralised": pooled,
-        "unet": _entry(unet)
+        "unet": _entry(unet, "none")
         | {
             "parameters": parameters,
             "steps": unet_steps,
             "seconds": round(seconds, 1),
             "note": "MONAI 3-D U-Net trained from scratch on all data, given the wall time of the "
-            "pooled model",
+            "pooled model" + _promptless(study.config),
         },
         "note": "Local-only and pooled models take the optimiser steps the federation took at the "
         "same sites. A local-only model is scored on its own site's validation cases; "
@@ -96,7 +98,7 @@ def _local_only(
         )
         own += [s for s in scores if s.case.site == site]
         everywhere[site] = mean_dice(scores)
-    return _entry(own) | {
+    return _entry(own, study.config.evaluation.prompts) | {
         "dice_on_all_sites": everywhere,
         "dice_on_all_sites_mean": mean([v for v in everywhere.values() if v is not None]),
         "steps": dict(steps),
@@ -126,10 +128,16 @@ def _train_and_score(
     return evaluate_cases(model.segmenter, cache, study.cases(VALIDATION), study.config.evaluation)
 
 
-def _entry(scores: Sequence[CaseScores]) -> dict[str, Any]:
+def _promptless(config: Config) -> str:
+    used = {config.training.prompts, config.evaluation.prompts} != {"none"}
+    return "; it takes no prompts, neither in training nor for its scores" if used else ""
+
+
+def _entry(scores: Sequence[CaseScores], oracle_prompts: str) -> dict[str, Any]:
     sites = sorted({s.case.site for s in scores})
     return {
         "dice_mean": mean_dice(scores),
+        "oracle_prompts": oracle_prompts,
         "dice_per_site": {
             site: mean_dice([s for s in scores if s.case.site == site]) for site in sites
         },

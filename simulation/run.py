@@ -43,6 +43,7 @@ from samaritan.models.adapter import (
 )
 from samaritan.models.bases import get_base
 from samaritan.models.presets import get_preset
+from samaritan.report.facts import oracle_mark
 from samaritan.report.html import write_report
 from samaritan.report.overlay import draw_overlay
 from samaritan.report.summary import case_entries, final_scores
@@ -153,7 +154,10 @@ def simulate(
     if baselines:
         summary = conclude(run_baselines(study, model, cache, initial, steps, watch.note))
     append_event(
-        run_dir / "events.jsonl", "summary_written", dice_mean=summary["final"]["dice_mean"]
+        run_dir / "events.jsonl",
+        "summary_written",
+        dice_mean=summary["final"]["dice_mean"],
+        oracle_prompts=config.evaluation.prompts,
     )
     return summary
 
@@ -267,7 +271,8 @@ def _score(study: Study, model: AdaptedModel, cache: CaseCache, run_dir: Path) -
         surfaces=True,
         on_case=keep,
     )
-    _write_json(run_dir / "cases.json", case_entries(results))
+    prompts = study.config.evaluation.prompts
+    _write_json(run_dir / "cases.json", case_entries(results, prompts))
     ranked = sorted((r for r in results if r.dice == r.dice), key=lambda r: r.dice)
     chosen: dict[str, CaseScores] = {}
     if ranked:
@@ -276,7 +281,7 @@ def _score(study: Study, model: AdaptedModel, cache: CaseCache, run_dir: Path) -
     for rank, result in chosen.items():
         path = run_dir / "overlays" / f"{rank}.png"
         path.parent.mkdir(exist_ok=True)
-        title = f"{rank.capitalize()} case"
+        title = f"{rank.capitalize()} case{oracle_mark(prompts)}"
         _draw(path, *kept[result.case.case_id], cache, title)
         entries.append(
             {
@@ -326,7 +331,7 @@ def _summary(
     engine: str,
 ) -> dict[str, Any]:
     config = study.config
-    final = final_scores(results, list(study.classes), config.evaluation.nsd_tolerance_mm)
+    final = final_scores(results, list(study.classes), config.evaluation)
     return {
         "samaritan": __version__,
         "name": config.name,

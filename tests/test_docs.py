@@ -70,6 +70,12 @@ def test_configuration_page_is_the_generated_one() -> None:
     assert written == page, "run .venv/bin/python docs/make_configuration.py"
 
 
+def test_methods_page_is_the_generated_one() -> None:
+    page = runpy.run_path(str(ROOT / "docs/make_methods.py"))["page"]()
+    written = (ROOT / "docs/methods.md").read_text("utf-8")
+    assert written == page, "run .venv/bin/python docs/make_methods.py"
+
+
 def test_every_error_code_is_documented_once() -> None:
     documented = documented_codes()
     assert documented == sorted(set(documented), key=documented.index), "a code has two rows"

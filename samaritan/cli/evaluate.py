@@ -32,6 +32,7 @@ def evaluate(
     from samaritan.data.volume import write_label_map
     from samaritan.errors import DataError
     from samaritan.models.adapter import image_size, load_adapted, read_adapter
+    from samaritan.report.facts import oracle_mark
     from samaritan.report.summary import nnunet_summary
     from samaritan.training.evaluate import CaseScores, evaluate_cases, to_label_values
 
@@ -69,7 +70,8 @@ def evaluate(
         )
     finally:
         progress.stop()
-    summary = nnunet_summary(results, saved.classes, predictions)
+    prompts = config.evaluation.prompts
+    summary = nnunet_summary(results, saved.classes, predictions, prompts)
     if out is not None:
         (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     if as_json:
@@ -78,7 +80,7 @@ def evaluate(
     mean = summary["foreground_mean"]
     typer.echo(
         f"{len(results)} cases: Dice {_text(mean['Dice'])}, HD95 {_text(mean['HD95'])} mm, "
-        f"NSD {_text(mean['NSD'])}"
+        f"NSD {_text(mean['NSD'])}{oracle_mark(prompts)}"
     )
     for name, value in saved.classes.items():
         typer.echo(f"  {name}: Dice {_text(summary['mean'][str(value)]['Dice'])}")

@@ -29,6 +29,7 @@ def predict(
 
     pairs = _pairs(source, target)
     saved = read_adapter(adapter)
+    _refuse_oracle(saved.config.evaluation.prompts, adapter)
     model = load_adapted(saved, checkpoint)
     cache = CaseCache(saved.config.data, saved.classes, image_size(saved.config))
     progress = Progress()
@@ -44,6 +45,22 @@ def predict(
         progress.stop()
     legend = ", ".join(f"{value} {name}" for name, value in saved.classes.items())
     typer.echo(f"{len(pairs)} label map{'s' if len(pairs) > 1 else ''} in {target} ({legend})")
+
+
+def _refuse_oracle(prompts: str, adapter: Path) -> None:
+    """Images to predict have no label that prompts could be taken from.
+
+    Raises:
+        ConfigError: When the adapter asks for such prompts.
+    """
+    from samaritan.errors import ConfigError
+
+    if prompts != "none":
+        raise ConfigError(
+            "SAM-C211",
+            f"evaluation.prompts is {prompts}: prompts from true labels, which these images lack",
+            f"Set evaluation.prompts to none in {adapter / 'samaritan.json'}, and score it so too.",
+        )
 
 
 def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:

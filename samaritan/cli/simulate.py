@@ -77,7 +77,10 @@ def simulate(
 
 
 def _round_line(entry: dict[str, Any], rounds: int) -> str:
-    dice = "not scored" if entry["dice_mean"] is None else f"Dice {entry['dice_mean']:.4f}"
+    from samaritan.report.facts import oracle_mark
+
+    mark = oracle_mark(entry.get("oracle_prompts", "none"))
+    dice = "not scored" if entry["dice_mean"] is None else f"Dice {entry['dice_mean']:.4f}{mark}"
     faults = {k: s["status"] for k, s in entry["sites"].items() if s["status"] != "ok"}
     losses = [s["train_loss"] for s in entry["sites"].values() if s["train_loss"] is not None]
     line = (
@@ -88,14 +91,18 @@ def _round_line(entry: dict[str, Any], rounds: int) -> str:
 
 
 def _result_line(summary: dict[str, Any]) -> str:
+    from samaritan.report.facts import oracle_mark
+
     final = summary["final"]
     if final["dice_mean"] is None:
         return "no structure occurs in any validation case"
     line = (
         f"Dice {final['dice_mean']:.4f}, HD95 {final['hd95_mm_mean']:.2f} mm, "
         f"NSD {final['nsd_mean']:.4f} over {final['cases']} validation cases"
+        f"{oracle_mark(final['oracle_prompts'])}"
     )
     for name, entry in (summary["baselines"] or {}).items():
         if isinstance(entry, dict) and entry["dice_mean"] is not None:
-            line += f"\n  {name}: Dice {entry['dice_mean']:.4f}"
+            mark = oracle_mark(entry["oracle_prompts"])
+            line += f"\n  {name}: Dice {entry['dice_mean']:.4f}{mark}"
     return line

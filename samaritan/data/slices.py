@@ -5,6 +5,8 @@ Legend: S slices, K context slices given as channels, h w plane on the model gri
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +50,15 @@ class PreparedCase:
     def size_bytes(self) -> int:
         """Memory held by the tensors."""
         return self.image.numel() * _BYTES_PER_PIXEL
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of all that training sees of the case, whatever its file is called."""
+        digest = hashlib.sha256(f"{self.grid.axis} {tuple(self.image.shape)}".encode())
+        for tensor in (self.image, self.label):
+            if tensor is not None:
+                digest.update(tensor.contiguous().view(-1).numpy().data)
+        return digest.hexdigest()
 
 
 def prepare_case(
@@ -169,7 +180,16 @@ def batches(
     sequence = draw_order(len(cases), steps * batch_size, cache.group_size(cases), generator)
     for start in range(0, len(sequence), batch_size):
         held = [cache.get(cases[i]) for i in sequence[start : start + batch_size]]
-        pairs = [_draw_slice(case, cache, foreground_fraction, generator) for case in held]
+        pairs = [
+            cut_slice(
+                case,
+                draw_index(case, foreground_fraction, generator),
+                cache,
+                foreground_fraction,
+                generator,
+            )
+            for case in held
+        ]
         yield (
             torch.stack([image for image, _ in pairs]).float(),
             torch.stack([label for _, label in pairs]).long(),
@@ -197,27 +217,54 @@ def with_context(image: Tensor, slices: Tensor, context: int) -> Tensor:
     return image[(slices[:, None] + offsets).clamp(0, image.shape[0] - 1)]
 
 
-def _draw_slice(
+def draw_index(
+    prepared: PreparedCase, foreground_fraction: float, generator: torch.Generator
+) -> int:
+    """Draws a slice of a case, often one that touches a structure.
+
+    Raises:
+        DataError: When the case has no label.
+    """
+    label = _label(prepared)
+    if len(prepared.foreground) and _uniform(generator) < foreground_fraction:
+        return int(prepared.foreground[_integer(len(prepared.foreground), generator)])
+    return _integer(label.shape[0], generator)
+
+
+def cut_slice(
     prepared: PreparedCase,
+    index: int,
     cache: CaseCache,
     foreground_fraction: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    label = prepared.label
-    if label is None:
-        raise DataError(
-            "SAM-D116", f"training case {prepared.case.case_id} has no label", "Add it."
-        )
-    among = torch.arange(label.shape[0])
-    if len(prepared.foreground) and _uniform(generator) < foreground_fraction:
-        among = prepared.foreground
-    index = among[_integer(len(among), generator)].reshape(1)
-    size = cache.image_size
-    image = _pad(with_context(prepared.image, index, cache.data.context_slices)[0], size)
-    plane = _pad(label[index], size)
+    """A slice as training sees it, before augmentation.
+
+    Args:
+        prepared: Where it lies.
+        index: Which of its slices.
+        cache: Knows the model input and the number of context slices.
+        foreground_fraction: Share of windows around a structure, where a plane is larger than the
+            model input.
+        generator: Places the window.
+
+    Returns:
+        Image (K, H, W) float16 and label (H, W) uint8.
+    """
+    size, where = cache.image_size, torch.tensor([index])
+    image = _pad(with_context(prepared.image, where, cache.data.context_slices)[0], size)
+    plane = _pad(_label(prepared)[where], size)
     top, left = _window(plane[0], size, foreground_fraction, generator)
     window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     return image[window], plane[window][0]
+
+
+def _label(prepared: PreparedCase) -> Tensor:
+    if prepared.label is None:
+        raise DataError(
+            "SAM-D116", f"training case {prepared.case.case_id} has no label", "Add it."
+        )
+    return prepared.label
 
 
 def _pad(planes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,6 +17,8 @@ Json = dict[str, Any]
 
 METRICS = ("dice", "hd95_mm", "nsd")
 
+_ORACLES = {"box": "boxes", "point": "points"}
+
 _METHOD_NAMES = {
     "local_only": "Local only",
     "centralised": "Centralised",
@@ -210,7 +212,26 @@ def _result(summary: Json) -> str:
     if dice is None:
         return "no validation case could be scored"
     over = "" if cases is None else f" over {units.plural(int(cases), 'validation volume')}"
-    return f"mean 3-D Dice {units.score(dice, 2)}{over}"
+    oracle = _ORACLES.get(text(summary, "final", "oracle_prompts"))
+    aid = f", with oracle {oracle}" if oracle else ""
+    return f"mean 3-D Dice {units.score(dice, 2)}{over}{aid}"
+
+
+def oracle_mark(kind: str) -> str:
+    """What stands behind a score that came from oracle prompts; nothing for the kind "none"."""
+    oracle = _ORACLES.get(kind)
+    return f" (oracle prompts: {oracle} from the true labels)" if oracle else ""
+
+
+def oracle_sentence(summary: Json) -> str:
+    """Where the prompts behind the scores came from, or an empty text."""
+    oracle = _ORACLES.get(text(summary, "final", "oracle_prompts"))
+    if not oracle:
+        return ""
+    return (
+        f"Scores use oracle prompts: {oracle} taken from the true labels. "
+        f"A clinic has no such {oracle}."
+    )
 
 
 def comparison_sentence(summary: Json) -> str:

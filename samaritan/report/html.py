@@ -144,6 +144,7 @@ def _context(folder: RunFolder) -> Json:
 def _result_context(summary: Json, cases: Sequence[Json]) -> Json:
     return {
         "headline": facts.headline(summary),
+        "oracle": facts.oracle_sentence(summary),
         "comparison": facts.comparison_sentence(summary),
         "base": _base_statement(summary),
         "is_tiny": facts.text(summary, "base", "name") == "tiny",

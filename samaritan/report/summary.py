@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from samaritan.config import EvaluationConfig
 from samaritan.training.evaluate import CaseScores
 from samaritan.training.metrics import EMPTY_RULE, Scores, case_mean, mean
 
@@ -13,7 +14,7 @@ METRICS = ("dice", "hd95_mm", "nsd")
 
 
 def final_scores(
-    results: Sequence[CaseScores], classes: Sequence[str], nsd_tolerance_mm: float
+    results: Sequence[CaseScores], classes: Sequence[str], settings: EvaluationConfig
 ) -> dict[str, Any]:
     """The `final` part of summary.json.
 
@@ -31,11 +32,12 @@ def final_scores(
         "cases": len(results),
         "excluded_cases": sum(any(math.isnan(s.dice) for s in r.scores.values()) for r in results),
         "empty_rule": EMPTY_RULE,
-        "nsd_tolerance_mm": nsd_tolerance_mm,
+        "nsd_tolerance_mm": settings.nsd_tolerance_mm,
+        "oracle_prompts": settings.prompts,
     }
 
 
-def case_entries(results: Sequence[CaseScores]) -> list[dict[str, Any]]:
+def case_entries(results: Sequence[CaseScores], oracle_prompts: str) -> list[dict[str, Any]]:
     """Every case with its scores, undefined ones as None."""
     return [
         {
@@ -44,13 +46,17 @@ def case_entries(results: Sequence[CaseScores]) -> list[dict[str, Any]]:
             "subject_id": r.case.subject_id,
             "scores": {c: {m: _number(s, m) for m in METRICS} for c, s in r.scores.items()},
             "dice_mean": None if math.isnan(r.dice) else r.dice,
+            "oracle_prompts": oracle_prompts,
         }
         for r in results
     ]
 
 
 def nnunet_summary(
-    results: Sequence[CaseScores], classes: dict[str, int], predictions: dict[str, str]
+    results: Sequence[CaseScores],
+    classes: dict[str, int],
+    predictions: dict[str, str],
+    oracle_prompts: str,
 ) -> dict[str, Any]:
     """The keys of nnU-Net's summary.json, with HD95 (mm) and NSD beside Dice.
 
@@ -58,6 +64,7 @@ def nnunet_summary(
         results: Scores of every case.
         classes: Structure name -> label value; nnU-Net names classes by value.
         predictions: Case id -> predicted file, where one was written.
+        oracle_prompts: `evaluation.prompts` of the predictions.
     """
     named = {"Dice": "dice", "HD95": "hd95_mm", "NSD": "nsd"}
     per_class = {
@@ -85,6 +92,7 @@ def nnunet_summary(
         },
         "classes": classes,
         "empty_rule": EMPTY_RULE,
+        "oracle_prompts": oracle_prompts,
     }
 
 

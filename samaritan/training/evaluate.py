@@ -22,6 +22,7 @@ from samaritan.models.segmenter import Segmenter
 from samaritan.training.augment import BODY_AXES, mirror_dims
 from samaritan.training.metrics import Scores, case_mean, mean, score_case
 from samaritan.training.parallel import batch_parts, forward_in_parts
+from samaritan.training.prompts import with_oracle
 
 _SLICES_AT_ONCE = 32
 
@@ -49,22 +50,28 @@ def predict_indices(
         segmenter: The adapted model.
         prepared: The case on the model grid.
         cache: Knows the input size and the context.
-        settings: Windows and test-time mirroring.
+        settings: Windows, test-time mirroring, oracle prompts.
 
     Returns:
         (X, Y, Z) uint8 class indices on the canonical grid of the volume.
+
+    Raises:
+        DataError: When prompts are to come from a label and the case has none.
     """
     segmenter.eval()
     grid = prepared.grid
     views = [0] + [mirror_dims(BODY_AXES[name], grid.axis) for name in settings.flip]
+    labels = _oracle_labels(prepared, settings)
+    model = segmenter if labels is None else with_oracle(segmenter, settings.prompts)
     pieces = []
     with batch_parts(segmenter.device, _SLICES_AT_ONCE) as parts:
-        forward = forward_in_parts(segmenter, parts)
+        forward = forward_in_parts(model, parts)
         for start in range(0, grid.slices, _SLICES_AT_ONCE):
             index = torch.arange(start, min(start + _SLICES_AT_ONCE, grid.slices))
             images = with_context(prepared.image, index, cache.data.context_slices).float()
+            planes = None if labels is None else labels[index, None].float()
             scores = _probabilities(
-                forward, segmenter.device, images, views, cache.image_size, settings
+                forward, segmenter.device, images, planes, views, cache.image_size, settings
             )
             shape = list(grid.shape)
             shape[grid.axis] = len(index)
@@ -73,15 +80,32 @@ def predict_indices(
     return torch.cat(pieces, grid.axis).numpy()
 
 
+def _oracle_labels(prepared: PreparedCase, settings: EvaluationConfig) -> Tensor | None:
+    """(S, h, w) the label that prompts are taken from, if there are to be any."""
+    if settings.prompts == "none":
+        return None
+    if prepared.label is None:
+        raise DataError(
+            "SAM-D116",
+            f"case {prepared.case.case_id} has no label to take evaluation.prompts from",
+            "Add it.",
+        )
+    return prepared.label
+
+
 def _probabilities(
     forward: Callable[[Tensor], Tensor],
     device: torch.device,
     images: Tensor,
+    labels: Tensor | None,
     views: Sequence[int],
     size: tuple[int, int],
     settings: EvaluationConfig,
 ) -> Tensor:
-    """(N, K, h, w) slices of any size -> (N, C, h, w) probabilities, mirrored views averaged."""
+    """(N, K, h, w) slices of any size -> (N, C, h, w) probabilities, mirrored views averaged.
+
+    Labels (N, 1, h, w), where given, travel as a last channel.
+    """
     run = functools.partial(
         sliding_window_inference,
         roi_size=size,
@@ -92,9 +116,10 @@ def _probabilities(
         sw_device=device,
         device=torch.device("cpu"),
     )
+    planes = [images] if labels is None else [images, labels]
     total: Tensor | None = None
     for dim in views:
-        scores: Tensor = run(images.flip(dim) if dim else images)
+        scores: Tensor = run(torch.cat([p.flip(dim) if dim else p for p in planes], 1))
         if dim > 1:  # a mirrored context leaves the slice where it is
             scores = scores.flip(dim)
         total = scores if total is None else total + scores
@@ -121,7 +146,7 @@ def evaluate_cases(
         segmenter: The adapted model.
         cache: Reads and prepares cases.
         cases: With labels.
-        settings: Windows, mirroring, tolerance.
+        settings: Windows, mirroring, oracle prompts, tolerance.
         surfaces: Also compute HD95 and NSD.
         on_case: Told of every case with its prediction.
 

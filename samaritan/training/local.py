@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from samaritan.config import TrainingConfig
 from samaritan.data.datasets import Case
@@ -17,7 +18,9 @@ from samaritan.errors import TrainingError
 from samaritan.models.adapter import AdaptedModel
 from samaritan.training.augment import augment
 from samaritan.training.losses import SegmentationLoss
-from samaritan.training.parallel import batch_gradients, batch_parts
+from samaritan.training.parallel import Parts, batch_gradients, batch_parts
+from samaritan.training.prefix import PrefixCache
+from samaritan.training.prompts import draw_prompts
 
 StepCallback = Callable[[int, int, float], None]
 """Called after each step with its number, the number of steps and the loss."""
@@ -104,22 +107,21 @@ def train_locally(
     device = model.segmenter.device
     losses: list[float] = []
     model.segmenter.train()
-    feed = batches(
-        cache,
-        cases,
-        steps=total,
-        batch_size=settings.batch_size,
-        foreground_fraction=settings.foreground_fraction,
-        generator=generator,
-    )
     with batch_parts(device, settings.batch_size) as parts:
-        for step, (images, labels, axes) in enumerate(feed, 1):
-            images, labels = augment(images, labels, axes, settings, generator)
+        forward, feed = _forward_and_feed(model, cache, cases, settings, total, generator, parts)
+        for step, (inputs, labels) in enumerate(feed, 1):
+            prompts = draw_prompts(labels, settings.prompts, generator)
             rate = learning_rate(step, total, schedule, settings)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = batch_gradients(
-                model.segmenter, loss_of, images.to(device), labels.to(device), trained, parts
+                forward,
+                loss_of,
+                inputs.to(device),
+                labels.to(device),
+                trained,
+                parts,
+                prompts and prompts.to(device),
             )
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
             losses.append(float(loss))
@@ -140,6 +142,30 @@ def train_locally(
                 on_step(step, total, losses[-1])
     model.segmenter.eval()
     return TrainingResult(sum(losses) / len(losses), len(losses), time.monotonic() - begun)
+
+
+def _forward_and_feed(
+    model: AdaptedModel,
+    cache: CaseCache,
+    cases: Sequence[Case],
+    settings: TrainingConfig,
+    steps: int,
+    generator: torch.Generator,
+    parts: Parts,
+) -> tuple[Callable[..., Tensor], Iterator[tuple[Tensor, Tensor]]]:
+    """What is trained, and batches of its inputs and labels: images, or tokens that are kept."""
+    if settings.prefix_cache_mb:
+        prefix = PrefixCache(model, cache, settings)
+        return prefix.forward, prefix.batches(cases, steps=steps, generator=generator, parts=parts)
+    drawn = batches(
+        cache,
+        cases,
+        steps=steps,
+        batch_size=settings.batch_size,
+        foreground_fraction=settings.foreground_fraction,
+        generator=generator,
+    )
+    return model.segmenter, (augment(*batch, settings, generator) for batch in drawn)
 
 
 def learning_rate(step: int, steps: int, schedule: Schedule, settings: TrainingConfig) -> float:

@@ -8,12 +8,15 @@ see `benchmarks/step.py`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from samaritan.models.family import Prompts
 
 _MOST_PARTS = 4
 """Each part holds gradients of its own; more parts than this were not measured."""
@@ -59,34 +62,38 @@ def forward_in_parts(model: Callable[[Tensor], Tensor], parts: Parts) -> Callabl
 
 
 def batch_gradients(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     loss_of: nn.Module,
     images: Tensor,
     labels: Tensor,
     parameters: Sequence[nn.Parameter],
     parts: Parts,
+    prompts: Prompts | None = None,
 ) -> Tensor:
     """Sets the gradient of every parameter to that of the batch's mean loss.
 
     Args:
-        model: Images to logits.
+        model: Images, or images and prompts, to logits.
         loss_of: Logits and labels to the mean of the records' losses.
         images: (B, K, H, W).
         labels: (B, H, W).
         parameters: What to differentiate by.
         parts: From `batch_parts`.
+        prompts: Of the records, if the model is to have any.
 
     Returns:
         The loss, a detached scalar.
     """
 
-    def part(records: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        share = len(records[0]) / len(images)
-        loss: Tensor = loss_of(model(records[0]), records[1]) * share
+    def part(records: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        hints = () if prompts is None else (prompts[records],)
+        logits = model(images[records], *hints)
+        loss: Tensor = loss_of(logits, labels[records]) * (len(logits) / len(images))
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    records = zip(images.chunk(parts.count), labels.chunk(parts.count), strict=True)
-    results = list((parts.pool.map if parts.pool else map)(part, records))
+    size = math.ceil(len(images) / parts.count)
+    pieces = [slice(start, start + size) for start in range(0, len(images), size)]
+    results = list((parts.pool.map if parts.pool else map)(part, pieces))
     # In the order of the parts, so that equal seeds give equal sums.
     for index, parameter in enumerate(parameters):
         found = [g[index] for _, g in results]
