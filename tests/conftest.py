@@ -17,6 +17,17 @@ import pytest
 WritePair = Callable[..., tuple[Path, Path]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the real MRI: $SAMARITAN_DATA, else ../shared/data beside the checkout."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samaritan.errors import ModelError
+from samaritan.models import memory
 from samaritan.models.bases import BASES, build_base, fitting_base
 from samaritan.models.checkpoints import file_sha256, read_state
 from samaritan.models.sam import construct
@@ -263,3 +264,36 @@ def test_a_file_of_no_known_base(state: dict[str, Tensor]) -> None:
     with pytest.raises(ModelError) as caught:
         fitting_base(state)
     assert caught.value.code == "SAM-M205"
+
+
+# Memory.
+
+
+def test_a_base_that_does_not_fit_in_memory_is_refused_before_its_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 2**30)
+    with pytest.raises(ModelError) as caught:
+        build_base("vit_h", 3, checkpoint=tmp_path / "absent.pth")
+    assert caught.value.code == "SAM-M104"
+    assert "2.9 GiB" in caught.value.message
+    assert "2.0 GiB" in caught.value.message
+    with pytest.raises(ModelError) as caught:
+        build_base("vit_b", 3, checkpoint=tmp_path / "absent.pth")
+    assert caught.value.code == "SAM-M201"  # this one would fit
+
+
+def test_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": ["MemTotal: 9000 kB", "MemAvailable: 8000 kB"],
+        "/sys/fs/cgroup/memory.max": ["6000000"],
+        "/sys/fs/cgroup/memory.current": ["3000000"],
+        "/sys/fs/cgroup/memory.stat": ["anon 5", "inactive_file 1000000"],
+    }
+    monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, []))
+    assert memory.available_bytes() == 4_000_000
+    files["/sys/fs/cgroup/memory.max"] = ["max"]
+    assert memory.available_bytes() == 8_192_000
+    files.clear()
+    assert memory.available_bytes() is None
+    memory.require_memory("vit_h", 10**12)  # unknown is not refused

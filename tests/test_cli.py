@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     ("simulate",), ("evaluate",), ("predict",), ("doctor",), ("data",), ("data", "check"),
     ("data", "describe"), ("models",), ("models", "list"), ("models", "verify"),
-    ("models", "count"),
+    ("models", "count"), ("models", "fetch"),
 ]  # fmt: skip
 
 HELP = """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from samaritan.data.datasets import Case, read_dataset
 from samaritan.data.phantoms import CLASSES, write_phantoms
 from samaritan.data.slices import CaseCache
 from samaritan.errors import TrainingError
+from samaritan.training.feed import Batch, on_device, one_ahead
 from samaritan.training.local import (
     Schedule,
     TrainingResult,
@@ -252,3 +254,43 @@ def test_the_rate_of_the_schedule_is_used(
     run(adapted_mini(3), schedule=late)
     section = TrainingConfig(learning_rate=0.01, warmup_steps=1)
     assert used == [learning_rate(i, 3, late, section) for i in (1, 2, 3)]
+
+
+# Batches on their way.
+
+
+def numbered(count: int, made: list[int]) -> Iterator[Batch]:
+    for number in range(count):
+        made.append(number)
+        yield Batch(torch.full((1,), float(number)), torch.zeros(1, dtype=torch.long))
+
+
+def test_the_next_batch_is_made_while_one_is_in_use() -> None:
+    made: list[int] = []
+    seen = []
+    for batch in one_ahead(numbered(4, made)):
+        deadline = time.monotonic() + 5
+        while len(made) < min(4, len(seen) + 2) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(made) == min(4, len(seen) + 2)
+        seen.append(int(batch.inputs))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_fault_while_a_batch_is_made_ends_the_round() -> None:
+    def broken() -> Iterator[Batch]:
+        yield from numbered(1, [])
+        raise ValueError("unreadable")
+
+    feed = one_ahead(broken())
+    assert int(next(feed).inputs) == 0
+    with pytest.raises(ValueError, match="unreadable"):
+        next(feed)
+
+
+@pytest.mark.gpu
+def test_batches_reach_the_gpu() -> None:
+    device = torch.device("cuda")
+    batches = list(on_device(numbered(3, []), device))
+    assert [b.inputs.device.type for b in batches] == ["cuda"] * 3
+    assert [int(b.inputs) for b in batches] == [0, 1, 2]

@@ -17,6 +17,7 @@ from samaritan.data.slices import CaseCache, batches, num_steps
 from samaritan.errors import TrainingError
 from samaritan.models.adapter import AdaptedModel
 from samaritan.training.augment import augment
+from samaritan.training.feed import Batch, on_device
 from samaritan.training.losses import SegmentationLoss
 from samaritan.training.parallel import Parts, batch_gradients, batch_parts
 from samaritan.training.prefix import PrefixCache
@@ -109,19 +110,12 @@ def train_locally(
     model.segmenter.train()
     with batch_parts(device, settings.batch_size) as parts:
         forward, feed = _forward_and_feed(model, cache, cases, settings, total, generator, parts)
-        for step, (inputs, labels) in enumerate(feed, 1):
-            prompts = draw_prompts(labels, settings.prompts, generator)
+        for step, batch in enumerate(on_device(feed, device), 1):
             rate = learning_rate(step, total, schedule, settings)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = batch_gradients(
-                forward,
-                loss_of,
-                inputs.to(device),
-                labels.to(device),
-                trained,
-                parts,
-                prompts and prompts.to(device),
+                forward, loss_of, batch.inputs, batch.labels, trained, parts, batch.prompts
             )
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
             losses.append(float(loss))
@@ -152,11 +146,16 @@ def _forward_and_feed(
     steps: int,
     generator: torch.Generator,
     parts: Parts,
-) -> tuple[Callable[..., Tensor], Iterator[tuple[Tensor, Tensor]]]:
-    """What is trained, and batches of its inputs and labels: images, or tokens that are kept."""
+) -> tuple[Callable[..., Tensor], Iterator[Batch]]:
+    """What is trained, and batches for it: of images, or of tokens that are kept."""
+
+    def batch(inputs: Tensor, labels: Tensor) -> Batch:
+        return Batch(inputs, labels, draw_prompts(labels, settings.prompts, generator))
+
     if settings.prefix_cache_mb:
         prefix = PrefixCache(model, cache, settings)
-        return prefix.forward, prefix.batches(cases, steps=steps, generator=generator, parts=parts)
+        kept = prefix.batches(cases, steps=steps, generator=generator, parts=parts)
+        return prefix.forward, (batch(*pair) for pair in kept)
     drawn = batches(
         cache,
         cases,
@@ -165,7 +164,7 @@ def _forward_and_feed(
         foreground_fraction=settings.foreground_fraction,
         generator=generator,
     )
-    return model.segmenter, (augment(*batch, settings, generator) for batch in drawn)
+    return model.segmenter, (batch(*augment(*view, settings, generator)) for view in drawn)
 
 
 def learning_rate(step: int, steps: int, schedule: Schedule, settings: TrainingConfig) -> float:
