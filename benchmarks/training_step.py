@@ -1,14 +1,15 @@
 """One training step of SAM ViT-B: the published way (`benchmarks/reference.py`) against ours.
 
-    python -m benchmarks.training_step [--sizes 224 512] [--repeats 3] [--slices 5]
+    python -m benchmarks.training_step [--sizes 224 512] [--repeats 3] [--slices 5] [--bf16]
 
 FLAP-SAM's setting (LoRA of rank 32, two classes) on random weights: forward pass, loss, backward
 pass, clipping and optimiser on the same slices and from the same weights, each variant in turn in
 one process. Ours is what `train_locally` does in a step. Ratios are to the reference in fp32 at the
 same size and of the same round; below 1 is faster, or smaller. Peak memory is what one step adds in
 a fresh process of its own. "cpu" is user and system time, which a shared machine disturbs less.
-"logits" is the largest difference to the reference in fp32, before training, over the largest
-logit.
+bf16 is measured where the machine has units for it, or with --bf16; without units it is several
+times slower than fp32. "logits" is the largest difference to the reference in fp32, before
+training, over the largest logit.
 """
 
 from __future__ import annotations
@@ -39,16 +40,11 @@ from samaritan.config import Config, parse_config
 from samaritan.models.adapter import AdaptedModel, build_adapted
 from samaritan.models.bases import BASES
 from samaritan.models.sam import construct
+from samaritan.models.segmenter import autocast_dtype
 from samaritan.training.losses import SegmentationLoss
 from samaritan.training.parallel import batch_gradients, batch_parts
 
 _RANK, _CLASSES = 32, 2
-_LONGEST_STEP_S = 60
-"""On a processor, a bf16 step that would take longer is left out."""
-_ROUNDS_S = 90
-"""No round begins at a size after so many seconds."""
-_SLOW = 3
-"""A variant that takes so many times the reference is timed once, without its memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +88,7 @@ class Measured:
     logits: float
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
 
 
 def main() -> None:
@@ -105,18 +101,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slices", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     print(_machine(device))
-    slowdown = 1.0
-    if device.type == "cpu":
-        slowdown = _bf16_slowdown()
-        print(f"a matrix product takes {slowdown:.1f} times as long in bf16 as in fp32")
+    bf16 = options.bf16 or autocast_dtype("auto", device) is not None
+    variants = [variant for variant in VARIANTS if bf16 or not variant.bf16]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "vit_b.safetensors"
         _write_random_base(checkpoint)
         for size in options.sizes:
             print(f"\n{size} px, {options.slices} slices")
-            found = _measure_times(checkpoint, device, size, options, slowdown)
+            found = _measure_times(variants, checkpoint, device, size, options)
             _measure_memory(found, checkpoint, device, size, options.slices)
             _print_table(found)
     print(f"\nload at the end {_load()}")
@@ -125,8 +120,7 @@ def main() -> None:
 def _machine(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in lines.splitlines() if "model name" in line]
-    flags = torch.cpu.get_capabilities()
-    units = bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    units = autocast_dtype("auto", torch.device("cpu")) is not None
     gpu = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
     return (
         f"{gpu}{names[0] if names else platform.processor()}, {os.cpu_count()} cores, "
@@ -137,22 +131,6 @@ def _machine(device: torch.device) -> str:
 
 def _load() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
-
-
-def _bf16_slowdown() -> float:
-    """How many times longer a matrix product of the encoder takes in bf16 than in fp32."""
-    layer, tokens = torch.nn.Linear(768, 3072), torch.rand(980, 768)
-
-    @torch.no_grad()
-    def seconds(bf16: bool) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            layer(tokens)
-            begun = time.process_time()
-            for _ in range(3):
-                layer(tokens)
-        return time.process_time() - begun
-
-    return seconds(bf16=True) / seconds(bf16=False)
 
 
 def _write_random_base(path: Path) -> None:
@@ -233,44 +211,30 @@ def _reference_trainer(model: AdaptedModel, config: Config, bf16: bool, size: in
 
 
 def _measure_times(
-    checkpoint: Path, device: torch.device, size: int, options: argparse.Namespace, slowdown: float
-) -> dict[Variant, Measured]:
+    variants: list[Variant], checkpoint: Path, device: torch.device, size: int,
+    options: argparse.Namespace,
+) -> dict[Variant, Measured]:  # fmt: skip
     """Builds the variants and lets them step in turn."""
     images, labels = _data(size, options.slices, device)
     # A GPU's kernels are chosen by the size of the batch; elsewhere one slice will do.
     warm = slice(None if device.type == "cuda" else 1)
     trainers: dict[Variant, Trainer] = {}
     found: dict[Variant, Measured] = {}
-    expected, estimate = torch.empty(0), 0.0
-    for variant in VARIANTS:
-        if device.type == "cpu" and variant.bf16 and estimate > _LONGEST_STEP_S:
-            print(f"{variant.name}: left out, a step would take about {estimate:.0f} s")
-            continue
+    expected = torch.empty(0)
+    for variant in variants:
         trainer = trainers[variant] = _build(variant, checkpoint, device, size)
         with torch.no_grad():
             logits = trainer.logits(images[:1]).float()
         expected = expected if found else logits
         difference = (logits - expected).abs().max() / expected.abs().max()
         found[variant] = Measured(float(difference))
-        seconds, _ = _timed(trainer, images[warm], labels[warm])
-        estimate = estimate or seconds * len(images) * slowdown
-    begun = time.monotonic()
-    for turn in range(options.repeats):
-        if time.monotonic() - begun > _ROUNDS_S:
-            print(f"{turn} rounds instead of {options.repeats}, to be done in time")
-            break
+        _timed(trainer, images[warm], labels[warm])
+    for _ in range(options.repeats):
         for variant, trainer in trainers.items():
-            measured = found[variant]
-            if turn and _is_slow(measured, found[VARIANTS[0]]):
-                continue
             wall, cpu = _timed(trainer, images, labels)
-            measured.seconds.append(wall)
-            measured.cpu_seconds.append(cpu)
+            found[variant].seconds.append(wall)
+            found[variant].cpu_seconds.append(cpu)
     return found
-
-
-def _is_slow(measured: Measured, reference: Measured) -> bool:
-    return measured.seconds[0] > _SLOW * reference.seconds[0]
 
 
 def _timed(trainer: Trainer, images: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -291,13 +255,11 @@ def _cpu_seconds() -> float:
 def _measure_memory(
     found: dict[Variant, Measured], checkpoint: Path, device: torch.device, size: int, slices: int
 ) -> None:
-    reference = found[VARIANTS[0]]
+    context = multiprocessing.get_context("spawn")
     for variant, measured in found.items():
-        if not _is_slow(measured, reference):
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as process:
-                work = process.submit(_peak_bytes, variant, checkpoint, device.type, size, slices)
-                measured.peak_bytes = work.result()
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            work = process.submit(_peak_bytes, variant, checkpoint, device.type, size, slices)
+            measured.peak_bytes = work.result()
 
 
 def _peak_bytes(variant: Variant, checkpoint: Path, device: str, size: int, slices: int) -> int:
@@ -344,10 +306,8 @@ def _print_table(found: dict[Variant, Measured]) -> None:
         ratios = _ratios(measured.seconds, reference.seconds)
         cpu = statistics.median(_ratios(measured.cpu_seconds, reference.cpu_seconds))
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        memory = f"{'-':>10}{'-':>7}"
-        if measured.peak_bytes is not None and reference.peak_bytes:
-            share = measured.peak_bytes / reference.peak_bytes
-            memory = f"{measured.peak_bytes / 2**20:10.0f}{share:7.2f}"
+        share = measured.peak_bytes / reference.peak_bytes
+        memory = f"{measured.peak_bytes / 2**20:10.0f}{share:7.2f}"
         print(
             f"{variant.name:22}{statistics.median(measured.seconds):9.2f}"
             f"{min(measured.seconds):8.2f}{statistics.median(measured.cpu_seconds):8.2f}   "
@@ -356,8 +316,8 @@ def _print_table(found: dict[Variant, Measured]) -> None:
 
 
 def _ratios(values: list[float], reference: list[float]) -> list[float]:
-    """Round by round; a slow variant has fewer rounds."""
-    return [value / other for value, other in zip(values, reference, strict=False)]
+    """Round by round."""
+    return [value / other for value, other in zip(values, reference, strict=True)]
 
 
 if __name__ == "__main__":

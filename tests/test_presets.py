@@ -274,8 +274,11 @@ def test_rank_stabilised_lora_scales_by_the_root(adapted_mini: Build) -> None:
     assert math.isclose(scale, 6.0 / 3)
 
 
-def test_ranks_by_group(adapted_mini: Build) -> None:
-    state = adapted_mini(peft={"rank": 4, "ranks": {"decoder": 2, "encoder.qkv": 8}}).state()
+@pytest.mark.parametrize(
+    "ranks", [{"decoder": 2, "encoder.qkv": 8}, {"encoder.qkv": 8, "encoder": 3, "decoder": 2}]
+)
+def test_ranks_by_group(adapted_mini: Build, ranks: dict[str, int]) -> None:
+    state = adapted_mini(peft={"rank": 4, "ranks": ranks}).state()
     ranks = {
         ("encoder" if name.startswith("image") else "decoder", t.shape[0])
         for name, t in state.items()

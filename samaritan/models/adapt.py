@@ -61,7 +61,12 @@ def adapt(
             tuple(pattern(part) for part in lora),
             family.parts["encoder.qkv"],
             rank=settings.rank,
-            ranks={pattern(p): r for k, r in settings.ranks.items() for p in lora if _within(p, k)},
+            ranks={
+                pattern(part): settings.ranks[group]
+                for group in sorted(settings.ranks)  # a part comes after the group it is in
+                for part in lora
+                if _within(part, group)
+            },
             alpha=settings.alpha,
             variant=settings.variant,
             seed=seed,
