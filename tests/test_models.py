@@ -410,3 +410,12 @@ def test_what_a_base_cannot_take_is_refused(
 def test_the_alias_holds_the_official_classes() -> None:
     assert modeling() is modeling()
     assert modeling().Sam.__module__ == "samaritan._segment_anything.modeling.sam"
+
+
+def test_second_derivatives_are_refused_rather_than_wrong(adapted_mini: Build) -> None:
+    model = adapted_mini(stir=0.1)
+    parameters = [p for name, p in model.trained.items() if ".attn.qkv." in name]
+    total = encode_image(model.base.model.image_encoder, pictures(30, 1, 3, 20, 20)).sum()
+    first = torch.autograd.grad(total, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), parameters)

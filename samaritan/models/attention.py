@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from samaritan.models.windows import cut_windows, join_windows
@@ -224,6 +225,7 @@ class _Blocked(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         qkv, padding, positions, tokens, out = ctx.saved_tensors
         shape: _Shape = ctx.shape

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from samaritan.errors import ModelError
@@ -212,6 +213,7 @@ class _FusedUpdate(torch.autograd.Function):
         return F.linear(x, _updated_weight(weight, a_q, b_q, a_v, b_v, scale), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, a_q, b_q, a_v, b_v = ctx.saved_tensors
         scale, third = ctx.scale, weight.shape[0] // 3
