@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sites
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.prefix
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -21,8 +21,10 @@ Written by `docs/make_methods.py` from `samaritan/models/presets.py`; choose one
 
 A preset is a list of parts: layers that get a LoRA (B starts at zero; on the fused qkv it acts on
 q and v alone), parts trained in full, and small modules that are added. Nothing else is trained,
-and nothing else leaves a site. *Heads* are the mask tokens, the upscaling and the hypernetworks of
-the mask decoder, which every method needs that is to learn new structures without prompts.
+and nothing else leaves a site. (The miniature `tiny` was never trained, and with a LoRA preset also
+trains patch embedding, neck, norms, biases and position tables.) *Heads* are the mask tokens, the
+upscaling and the hypernetworks of the mask decoder. A method that leaves them frozen keeps SAM's
+own three, and with the reference decoder random ones.
 
 | Preset | Source | LoRA | Trained in full | Added |
 |---|---|---|---|---|
@@ -41,10 +43,12 @@ one site sends in one direction of one round. The counts hold no image and need 
 
 _TAIL = """
 `samaritan models count --base vit_b --preset flap-sam --rank 32 --classes 2 --image-size 224
---decoder reference` counts any other setting. With the reference decoder at 224 pixels the counts
+--decoder reference` counts other settings. With the reference decoder at 224 pixels the counts
 of `full`, `attention-only`, `decoder-only`, `partial-decoder`, `lora-only`, `lora-decoder` and
-`flap-sam` are those behind the savings printed in the FLAP-SAM paper (23.2, 189, 66, 17.2 and 49
-times less than `full`); `tests/test_presets.py` holds them.
+`flap-sam` are 90,532,927, 30,053,104, 3,902,195, 478,320, 1,368,064, 5,270,259 and 1,846,384: the
+last five are 23.2, 189, 66, 17.2 and 49 times less than `full`, where the FLAP-SAM paper prints
+23.2, 187.4, 66.1, 17.2 and 48.9 from rounded figures. For `attention-only` it prints 2.8, if we
+read its label rightly, and ours is 3.0. `tests/test_presets.py` holds the counts.
 
 ## Choices beside the preset
 
@@ -61,7 +65,8 @@ times less than `full`); `tests/test_presets.py` holds them.
 ## Where we differ from the sources
 
 - Every added module starts without effect (its last projection is zero), except the tokens of
-  `prompt-tuning`. The code of Med-SA and MA-SAM starts them at random.
+  `prompt-tuning`. The bottlenecks of Med-SA and the adapters
+  across slices of MA-SAM start at random in their code.
 - `cheap-lunch`: we know the paper's abstract, not its code, and put LoRA on q and v of the encoder
   and on all four projections of the decoder's attention.
 - `med-sa` follows the published code in the encoder. The decoder's three adapters are described in
@@ -69,6 +74,8 @@ times less than `full`); `tests/test_presets.py` holds them.
   conditioning on prompts. Heads are trained, not the whole decoder.
 - `ma-sam` sees the slices of a record (`data.context_slices`) as images and predicts the middle
   one; the published code predicts all of them. It leaves out the dropout of 0.1 in the factors.
+- `norm-bias`: micro-sam offers norms and biases as two methods of the encoder and trains the whole
+  decoder beside them; here both are one, in encoder and decoder, and heads are trained.
 - `prompt-tuning` has not been described for SAM: its tokens have no place on the grid, are looked
   at by every window, and are new in each block, as in VPT-deep.
 - The position tables keep their official shape while they are frozen, and are resized on the fly;
@@ -78,7 +85,10 @@ times less than `full`); `tests/test_presets.py` holds them.
 
 ## Merging
 
-Everything but `med-sa`, `ma-sam` and `prompt-tuning` can be folded into an official checkpoint.
+`merged_state` in `samaritan/models/adapter.py` folds any method but `med-sa`, `ma-sam` and
+`prompt-tuning` into a state dict under official names. The stock classes load it where its shapes
+are theirs: with SAM's own decoder, as many mask tokens, and position tables that were not trained
+at another size. Frozen weights held in bf16 come out rounded to bf16.
 """
 
 

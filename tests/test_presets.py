@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from samaritan.errors import ConfigError, ModelError
+from samaritan.models import attention
 from samaritan.models.adapter import (
     build_adapted,
     load_adapted,
@@ -22,6 +25,7 @@ from samaritan.models.adapter import (
 )
 from samaritan.models.bases import build_base
 from samaritan.models.count import count_trained
+from samaritan.models.encoder import _block, encode_image
 from samaritan.models.lora import LoraQKV, official_name
 from samaritan.models.presets import PRESETS
 from samaritan.models.sam import FAMILY, construct
@@ -160,9 +164,9 @@ def test_prompts_wake_the_tensors_that_encode_them(adapted_mini: Build) -> None:
     SegmentationLoss(0.5)(model.segmenter(images(), prompts), labels()).backward()
     idle = {n for n, p in model.trained.items() if p.grad is None or not p.grad.any()}
     assert {name.split(".")[1] for name in idle} == {
-        "iou_prediction_head", "mask_downscaling", "not_a_point_embed", "point_embeddings"
+        "iou_prediction_head", "mask_downscaling", "point_embeddings"
     }  # fmt: skip
-    # No negative point was given, and padding is taken out before it is embedded.
+    # No negative point was given; a point without a box is followed by one that is none.
     assert {n for n in idle if "point_embeddings" in n} == {
         "prompt_encoder.point_embeddings.0.weight"
     }
@@ -188,7 +192,8 @@ def test_what_can_be_merged_is_merged(
     adapted_mini: Build, mini: Any, preset: str, decoder: str
 ) -> None:
     size = {"decoder": decoder, "image_size": 64}  # trained tables keep their shape
-    model = adapted_mini(stir=0.05, peft={"preset": preset, "alpha": 6.0}, model=size)
+    scale = {"alpha": 6.0} if PRESETS[preset].lora else {}
+    model = adapted_mini(stir=0.05, peft={"preset": preset, **scale}, model=size)
     before = logits(model, images())
     sam = construct(mini.shape, 2, decoder=decoder)
     sam.load_state_dict(merged_state(model), strict=True)
@@ -420,3 +425,216 @@ def test_one_federated_round(
 
 def trained_config(folder: Path) -> Any:
     return read_adapter(folder / "run" / "adapter").config
+
+
+# Against the formulas, written out.
+
+
+def test_every_encoder_gradient_equals_the_official_one(
+    mini: Any, monkeypatch: pytest.MonkeyPatch, randomise: Any
+) -> None:
+    for form in (attention.blocked_attention, attention.fused_attention):
+        monkeypatch.setattr(attention, "blocked_attention", form)
+        monkeypatch.setattr(attention, "_BLOCK_SCORES", 300)
+        for rows, columns in ((44, 28), (12, 40)):
+            torch.manual_seed(3)
+            sam = construct(mini.shape, 2)
+            randomise(sam, 3)
+            FAMILY.resize_tables(sam, (rows, columns))
+            encoder = sam.image_encoder
+            x = torch.rand(2, 3, rows, columns)
+            weights = torch.randn(2, 32, rows // 4, columns // 4)
+            results = []
+            for forward in (encode_image, lambda module, images: module(images)):
+                total = (forward(encoder, x) * weights).sum()
+                results.append(torch.autograd.grad(total, list(encoder.parameters())))
+            for name, one, other in zip(
+                dict(encoder.named_parameters()), *results, strict=True
+            ):  # fmt: skip
+                assert (one - other).abs().max() <= 1e-4 * other.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(11, 16, 5), (3, 4, 5), (9, 2, 4)])
+def test_tokens_without_a_place_in_both_forms(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, side: int
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK_SCORES", 500)
+    torch.manual_seed(1)
+    heads, d = 2, 8
+    qkv = torch.randn(2, rows, columns, 3 * heads * d)
+    padding, tokens = torch.randn(3 * heads * d), torch.randn(3, 3 * heads * d)
+    positions, weights = 0.3 * torch.randn(4 * side - 2, d), torch.randn(2, rows, columns, 16)
+    results = []
+    for form in (attention.blocked_attention, attention.fused_attention, plain_attention):
+        inputs = [x.clone().requires_grad_() for x in (qkv, padding, positions, tokens)]
+        out = form(*inputs, heads, d**-0.5, (side, side))
+        results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+    for ours in results[:2]:
+        for one, other in zip(ours, results[2], strict=True):
+            assert (one - other).abs().max() <= 2e-5 * other.abs().max()
+
+
+def plain_attention(
+    qkv: Tensor, padding: Tensor, positions: Tensor, tokens: Tensor, heads: int, scale: float,
+    side: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Window by window and score by score, as the definition has it."""
+    b, rows, columns, channels = qkv.shape
+    size, third = side[0], channels // 3
+    out = torch.zeros(b, rows, columns, third)
+    table_h, table_w = positions.split(2 * size - 1)
+    for top in range(0, rows, size):
+        for left in range(0, columns, size):
+            window = padding.expand(b, size, size, -1).clone()
+            part = qkv[:, top : top + size, left : left + size]
+            window[:, : part.shape[1], : part.shape[2]] = part
+            keys = torch.cat([window.flatten(1, 2), tokens.expand(b, -1, -1)], 1)
+            mixed = []
+            for head in range(heads):
+                d = third // heads
+                q, k, v = (
+                    x[..., i * third + head * d : i * third + (head + 1) * d]
+                    for i, x in enumerate((window.flatten(1, 2), keys, keys))
+                )
+                scores = scale * q @ k.transpose(1, 2)
+                place = torch.arange(size)
+                far = place[:, None] - place + size - 1
+                by_row = torch.einsum("brcd,rjd->brcj", q.view(b, size, size, d), table_h[far])
+                by_column = torch.einsum("brcd,cjd->brcj", q.view(b, size, size, d), table_w[far])
+                bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(b, size**2, -1)
+                scores = scores + torch.nn.functional.pad(bias, (0, len(tokens)))
+                mixed.append(scores.softmax(-1) @ v)
+            whole = torch.cat(mixed, -1).view(b, size, size, third)
+            out = out.clone()
+            inside = whole[:, : part.shape[1], : part.shape[2]]
+            out[:, top : top + size, left : left + size] = inside
+    return out
+
+
+def test_a_block_of_med_sa(adapted_mini: Build) -> None:
+    model = adapted_mini(stir=0.2, peft={"preset": "med-sa"})
+    block = model.base.model.image_encoder.blocks[1]  # attends over the whole grid
+    x = torch.rand(6, 4, 5, 32, generator=torch.Generator().manual_seed(4))
+
+    def bottleneck(layer: Any, x: Tensor) -> Tensor:
+        return layer.up(torch.nn.functional.gelu(layer.down(x)))  # type: ignore[no-any-return]
+
+    def attention_of(x: Tensor) -> Tensor:  # the official module, without what was added
+        hooks, block.attn.proj._forward_hooks = block.attn.proj._forward_hooks, OrderedDict()
+        out: Tensor = block.attn(x)
+        block.attn.proj._forward_hooks = hooks
+        return out
+
+    with torch.no_grad():
+        normed = block.norm1(x)
+        space = attention_of(normed)
+        space = space + bottleneck(block.attn.proj.adapter, space)
+        lines = normed.reshape(2, 3, 4, 5, 32).permute(0, 2, 3, 1, 4).reshape(40, 1, 3, 32)
+        depth = bottleneck(block.depth_branch.bottleneck, attention_of(lines))
+        depth = depth.reshape(2, 4, 5, 3, 32).permute(0, 3, 1, 2, 4).reshape(6, 4, 5, 32)
+        y = x + space + depth
+        normed = block.norm2(y)
+        plain = block.mlp.lin2(block.mlp.act(block.mlp.lin1(normed)))
+        expected = y + plain + 0.5 * bottleneck(block.mlp.adapter, normed)
+        assert (_block(block, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_block_of_ma_sam(adapted_mini: Build) -> None:
+    model = adapted_mini(stir=0.2, peft={"preset": "ma-sam"})
+    encoder = model.base.model.image_encoder
+    block = encoder.blocks[1]
+    x = torch.rand(6, 4, 5, 32, generator=torch.Generator().manual_seed(5))
+
+    def volume(adapter: Any, x: Tensor) -> Tensor:
+        hidden = adapter.down(adapter.norm(x)).reshape(2, 3, 4, 5, -1).permute(0, 4, 1, 2, 3)
+        kernel = adapter.conv.weight[..., None, None]  # 3 x 1 x 1
+        hidden = torch.nn.functional.conv3d(hidden, kernel, adapter.conv.bias, padding=(1, 0, 0))
+        hidden = torch.nn.functional.gelu(hidden).permute(0, 2, 3, 4, 1).reshape(6, 4, 5, -1)
+        return x + adapter.up(hidden)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        y = volume(block.before_attention, x)
+        qkv = block.attn.qkv
+        low = block.norm1(y) @ encoder.factors.u.weight.T
+        # U S V on the q and v rows of the weight, nothing on k.
+        change = [
+            encoder.factors.v.weight @ s.weight @ encoder.factors.u.weight
+            for s in (qkv.factors.q, qkv.factors.v)
+        ]
+        assert low.shape[-1] == 4
+        weight = qkv.weight.clone()
+        hooks, qkv._forward_hooks = qkv._forward_hooks, OrderedDict()
+        qkv.weight[:32] += change[0]
+        qkv.weight[64:] += change[1]
+        y = y + block.attn(block.norm1(y))
+        qkv.weight.copy_(weight)
+        qkv._forward_hooks = hooks
+        y = volume(block.after_attention, y)
+        expected = y + block.mlp(block.norm2(y))
+        assert (_block(block, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_dora_equals_pefts_own_layer(adapted_mini: Build) -> None:
+    layer = adapted_mini(stir=0.1, peft={"variant": "dora", "alpha": 6.0})
+    ours = layer.base.model.image_encoder.blocks[0].attn.qkv
+    x = torch.rand(7, 32, generator=torch.Generator().manual_seed(6))
+    for part, rows in (("q", slice(0, 32)), ("v", slice(64, 96))):
+        linear = torch.nn.Linear(32, 32)
+        linear.weight.data = ours.base_layer.weight.data[rows].clone()
+        linear.bias.data = ours.base_layer.bias.data[rows].clone()
+        config = LoraConfig(r=4, lora_alpha=6.0, use_dora=True, target_modules=["0"])
+        theirs = inject_adapter_in_model(config, torch.nn.Sequential(linear))[0]
+        for factor in ("lora_A", "lora_B"):
+            values = getattr(ours, f"{factor}_{part}")["default"].weight.data
+            getattr(theirs, factor)["default"].weight.data = values
+        magnitude = theirs.lora_magnitude_vector["default"].weight
+        magnitude.data = getattr(ours, f"lora_magnitude_{part}")["default"].data.clone()
+        expected = theirs(x)
+        got = ours(x)[:, rows]
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        a, b = getattr(ours, f"lora_A_{part}")["default"].weight, theirs.lora_A["default"].weight
+        one = torch.autograd.grad(got.square().sum(), a)[0]
+        other = torch.autograd.grad(expected.square().sum(), b)[0]
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_ranks_by_group_keep_the_scale(adapted_mini: Build) -> None:
+    layer = adapted_mini(peft={"ranks": {"encoder": 2}}).base.model.image_encoder.blocks[0].attn.qkv
+    assert layer.scaling["default"] == 1.0
+    layer = adapted_mini(peft={"alpha": 4.0, "ranks": {"encoder": 2}})
+    assert layer.base.model.image_encoder.blocks[0].attn.qkv.scaling["default"] == 2.0
+
+
+def test_dora_leaves_bf16_as_it_is(adapted_mini: Build) -> None:
+    model = adapted_mini(peft={"variant": "dora"}, training={"precision": "bf16"})
+    layer = model.base.model.image_encoder.blocks[0].attn.qkv
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.rand(3, 32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("peft", [{"variant": "dora"}, {"alpha": 2.0}])
+def test_settings_of_lora_need_lora(adapted_mini: Build, peft: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapted_mini(peft={"preset": "decoder-only", **peft})
+    assert caught.value.code == "SAM-C213"
+
+
+def test_no_block_at_all(adapted_mini: Build) -> None:
+    model = adapted_mini(peft={"preset": "samed", "blocks": 0})
+    assert {name.split(".")[0] for name in model.trained} == {"mask_decoder", "prompt_encoder"}
+
+
+def test_shared_factors_have_a_largest_rank(adapted_mini: Build) -> None:
+    with pytest.raises(ModelError, match="rank 33"):
+        adapted_mini(peft={"preset": "ma-sam", "rank": 33})
+
+
+def test_counts_say_for_how_many_slices_and_refuse_half_patches(samaritan: Any) -> None:
+    counted = [
+        json.loads(samaritan("models", "count", "--preset", "med-sa", "--slices", n, "--json").out)
+        for n in (1, 5)
+    ]
+    assert [c["slices"] for c in counted] == [1, 5]
+    assert counted[1]["trainable_parameters"] - counted[0]["trainable_parameters"] == 12 * 295_872
+    assert "SAM-C203" in samaritan("models", "count", "--image-size", "225").err
+    assert samaritan("models", "count", "--rank", "5000").code == 2

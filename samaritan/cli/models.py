@@ -129,11 +129,14 @@ def verify(
 def count(
     base: Annotated[str, typer.Option(help="Base model.")] = "vit_b",
     preset: Annotated[str, typer.Option(help="What is trained.")] = "flap-sam",
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 32,
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank.")] = 32,
     classes: Annotated[int, typer.Option(min=1, help="Structures, background not counted.")] = 2,
     image_size: Annotated[
         int | None, typer.Option(min=16, help="Side of the input; trained position tables fit it.")
     ] = None,
+    slices: Annotated[
+        int, typer.Option(min=1, max=15, help="Slices of a record, for presets across slices.")
+    ] = 5,
     decoder: Annotated[
         _Decoder, typer.Option(help="SAM's own, or FLAP-SAM's.")
     ] = _Decoder.official,
@@ -142,9 +145,10 @@ def count(
     """Count the parameters of a base and those a preset trains; no checkpoint is needed."""
     from samaritan.models.count import count_trained
 
-    counted = count_trained(base, preset, rank, classes, image_size, decoder.value)
+    counted = count_trained(base, preset, rank, classes, image_size, decoder.value, slices)
     result = {
-        "base": base, "preset": preset, "rank": rank, "classes": classes, "decoder": decoder.value,
+        "base": base, "preset": preset, "rank": rank, "classes": classes,
+        "decoder": decoder.value, "slices": slices,
         "image_size": counted.image_size, "parameters": counted.parameters,
         "trainable_parameters": counted.trained, "bytes_fp32": counted.trained * 4,
     }  # fmt: skip

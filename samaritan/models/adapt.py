@@ -119,6 +119,12 @@ def _check(preset: Preset, settings: PeftConfig, family: Family, blocks: int, ba
                 f"peft.ranks names {group!r}, where preset {settings.preset} puts no LoRA",
                 f"It has LoRA in: {', '.join(sorted(groups)) or 'nothing'}.",
             )
+    if not preset.lora and (settings.variant != "lora" or settings.alpha is not None):
+        raise ConfigError(
+            "SAM-C213",
+            f"peft.variant and peft.alpha are for LoRA, and preset {settings.preset} has none",
+            "Leave them out, or choose a preset with LoRA.",
+        )
     if settings.blocks is not None and settings.blocks > blocks:
         raise ConfigError(
             "SAM-C208",

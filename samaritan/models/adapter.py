@@ -24,7 +24,7 @@ from samaritan.config import Config, parse_config
 from samaritan.errors import ConfigError, ModelError
 from samaritan.files import write_atomically
 from samaritan.models.adapt import adapt
-from samaritan.models.bases import BuiltBase, build_base, get_base
+from samaritan.models.bases import BuiltBase, build_base, get_base, require_multiple
 from samaritan.models.family import belongs
 from samaritan.models.inserts import Factors
 from samaritan.models.lora import official_name
@@ -168,12 +168,7 @@ def check_input(config: Config, base: BuiltBase, depth: int) -> None:
     """
     size, patch = image_size(config), base.spec.patch
     for side in size:
-        if side % patch:
-            raise ConfigError(
-                "SAM-C203",
-                f"model.image_size {side} is no multiple of the patch size {patch} of {base.name}",
-                f"Choose {side // patch * patch} or {(side // patch + 1) * patch}.",
-            )
+        require_multiple(side, patch, base.name)
     context, fixed = config.data.context_slices, base.spec.channels
     if fixed is not None and depth == 1 and context not in (1, fixed):
         raise ConfigError(

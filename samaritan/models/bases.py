@@ -258,6 +258,21 @@ def fitting_base(state: Mapping[str, Tensor]) -> str:
     )
 
 
+def require_multiple(side: int, patch: int, name: str) -> None:
+    """Refuses an input side that is not made of whole patches.
+
+    Raises:
+        ConfigError: With the nearest sides that are.
+    """
+    if side % patch:
+        near = [n * patch for n in (side // patch, side // patch + 1) if n]
+        raise ConfigError(
+            "SAM-C203",
+            f"model.image_size {side} is no multiple of the patch size {patch} of {name}",
+            f"Choose {' or '.join(map(str, near))}.",
+        )
+
+
 def parameters(module: nn.Module) -> int:
     """Number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())

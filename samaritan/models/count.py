@@ -8,7 +8,7 @@ import torch
 
 from samaritan.config import PeftConfig
 from samaritan.models.adapt import adapt
-from samaritan.models.bases import FAMILIES, get_base, parameters
+from samaritan.models.bases import FAMILIES, get_base, parameters, require_multiple
 from samaritan.models.presets import get_preset
 
 
@@ -43,11 +43,12 @@ def count_trained(
         depth: Slices of a record, for presets that work across slices.
 
     Raises:
-        ConfigError: For an unknown name.
+        ConfigError: For an unknown name, or a side the base cannot take.
         ModelError: When the rank exceeds a layer's width.
     """
     spec = get_base(base)
     side = image_size or spec.image_size
+    require_multiple(side, spec.patch, base)
     with torch.device("meta"):
         model = FAMILIES[spec.family].construct(spec.shape, classes, spec.channels or 3, decoder)
         total = parameters(model)

@@ -75,7 +75,9 @@ def _block(block: Any, x: Tensor) -> Tensor:
     if hasattr(block, "depth_branch"):
         branch = block.depth_branch
         along = branch.unfold(_attend(attn, branch.fold(qkv), 0, tokens), *x.shape[1:3])
-        attended = attended + branch.bottleneck(attn.proj(along))
+        # By the frozen weights alone: what is added to the projection is not meant for this branch.
+        along = F.linear(along, attn.proj.weight, attn.proj.bias)
+        attended = attended + branch.bottleneck(along)
     x = x + attended
     if hasattr(block, "after_attention"):
         x = block.after_attention(x)

@@ -33,12 +33,12 @@ class Prompts:
         return Prompts(self.points.to(device), self.labels.to(device))
 
     def groups(self) -> list[tuple[Tensor, Prompts | None]]:
-        """Indices of records with equally many prompts, and these prompts without padding."""
-        real = self.labels >= 0
+        """Indices of records with equally many prompts of a kind, and these without padding."""
+        real, boxed = self.labels >= 0, (self.labels >= 2).any(1)
         counts = real.sum(1)
         found: list[tuple[Tensor, Prompts | None]] = []
-        for count in sorted(set(counts.tolist())):
-            records = (counts == count).nonzero()[:, 0]
+        for count, box in sorted(set(zip(counts.tolist(), boxed.tolist(), strict=True))):
+            records = ((counts == count) & (boxed == box)).nonzero()[:, 0]
             kept, shape = real[records], (len(records), count)
             part = Prompts(
                 self.points[records][kept].view(*shape, 2), self.labels[records][kept].view(shape)

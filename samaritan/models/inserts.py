@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samaritan.models.lora import require_rank
 from samaritan.models.presets import Insert
 
 
@@ -128,7 +129,7 @@ def attach_inserts(
     """
     factors: tuple[nn.Linear, nn.Linear] | None = None
     for insert, pattern in inserts:
-        for _, module in [m for m in model.named_modules() if re.fullmatch(pattern, m[0])]:
+        for name, module in [m for m in model.named_modules() if re.fullmatch(pattern, m[0])]:
             layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
             width = int(layers[-1].out_features)
             hidden = math.ceil(insert.size * width) if insert.size <= 1 else int(insert.size)
@@ -141,6 +142,7 @@ def attach_inserts(
                     module.adapter = Bottleneck(width, hidden, insert.scale)
                     module.register_forward_hook(_beside)
                 case "factors":
+                    require_rank(rank, name, layers[0].in_features)
                     factors = factors or _shared_factors(model, layers[0].in_features, rank)
                     module.factors = Factors(*factors)
                     module.register_forward_hook(_plus_factors)

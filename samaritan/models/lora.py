@@ -145,7 +145,7 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         shift = 0 if self.bias is None else self.bias[self._slice(part)]
         # The bias is not part of the weight, and keeps its length.
         lengthened: Tensor = ratio * (y - shift + update) + shift
-        return lengthened
+        return lengthened.to(y.dtype)  # lengths are fp32, and attention shall not be
 
     def _row_ratio(self, part: str, adapter: str) -> Tensor | None:
         """DoRA's factor on each row: the trained length over the length of the updated row."""
@@ -250,7 +250,7 @@ def inject_lora(
     alpha: float | None,
     variant: str,
     seed: int,
-) -> LoraConfig:
+) -> LoraConfig | None:
     """Freezes a model and gives the layers that match a LoRA.
 
     Args:
@@ -263,9 +263,15 @@ def inject_lora(
         variant: "lora", "rslora" or "dora".
         seed: Seeds A.
 
+    Returns:
+        What peft was told; None where no layer matches.
+
     Raises:
         ModelError: When a rank exceeds a layer's width.
     """
+    target = "|".join(f"(?:{pattern})" for pattern in patterns)
+    if not any(re.fullmatch(target, name) for name, _ in model.named_modules()):
+        return None
     for name, module in model.named_modules():
         if re.fullmatch(fused, name) and isinstance(module, nn.Linear):
             module.__class__ = QKVLinear
@@ -274,7 +280,7 @@ def inject_lora(
         lora_alpha=alpha or rank,
         rank_pattern=dict(ranks),
         alpha_pattern={} if alpha else dict(ranks),
-        target_modules="|".join(f"(?:{pattern})" for pattern in patterns),
+        target_modules=target,
         lora_dropout=0.0,
         bias="none",
         use_rslora=variant == "rslora",
@@ -293,13 +299,21 @@ def _require_width(model: Any, config: LoraConfig, ranks: Mapping[str, int]) -> 
         if not isinstance(module, nn.Linear) or not re.fullmatch(config.target_modules, name):
             continue
         rank = next((r for p, r in ranks.items() if re.fullmatch(p, name)), config.r)
-        width = min(module.in_features, module.out_features)
-        if rank > width:
-            raise ModelError(
-                "SAM-M301",
-                f"rank {rank} is larger than layer {name} ({width} wide)",
-                "Choose a smaller peft.rank, or one for this group of layers in peft.ranks.",
-            )
+        require_rank(rank, name, min(module.in_features, module.out_features))
+
+
+def require_rank(rank: int, name: str, width: int) -> None:
+    """Refuses a rank that is larger than a layer.
+
+    Raises:
+        ModelError: With the layer.
+    """
+    if rank > width:
+        raise ModelError(
+            "SAM-M301",
+            f"rank {rank} is larger than layer {name} ({width} wide)",
+            "Choose a smaller peft.rank, or one for this group of layers in peft.ranks.",
+        )
 
 
 def official_name(name: str) -> str:

@@ -150,12 +150,19 @@ def _decode(
 
 
 def _prompt_tokens(encoder: Any, prompts: Prompts, input_size: tuple[int, int]) -> Tensor:
-    """(B, N, C) sparse embeddings, as the official prompt encoder makes them."""
+    """(B, N, C) sparse embeddings, as the official prompt encoder makes them.
+
+    Where there are points and no box it appends a token that says so: (B, N + 1, C).
+    """
     labels = prompts.labels[..., None]
     tokens = encoder.pe_layer.forward_with_coords(prompts.points + 0.5, input_size)
-    tokens = torch.where(labels < 0, encoder.not_a_point_embed.weight, tokens)
+    nothing = encoder.not_a_point_embed.weight
+    tokens = torch.where(labels < 0, nothing, tokens)
     kinds = torch.cat([embedding.weight for embedding in encoder.point_embeddings])
-    return tokens + torch.where(labels < 0, 0.0, kinds[labels[..., 0].clamp(min=0)])
+    tokens = tokens + torch.where(labels < 0, 0.0, kinds[labels[..., 0].clamp(min=0)])
+    if not (labels >= 2).any():
+        tokens = torch.cat([tokens, nothing.expand(len(tokens), 1, -1)], 1)
+    return tokens
 
 
 def _resize_tables(sam: Any, size: tuple[int, int]) -> None:
