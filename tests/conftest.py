@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -124,14 +125,14 @@ def mini(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return spec
 
 
-@pytest.fixture
-def mini_config(mini: Any, mini_file: Path) -> Callable[..., Any]:
-    """Configurations on the base ``mini``: ``mini_config(seed=1, peft={"rank": 2})``."""
+@pytest.fixture(scope="session")
+def config_on() -> Callable[..., Any]:
+    """Configurations on a base of a file: ``config_on("mini", path, seed=1, peft={"rank": 2})``."""
     from samaritan.config import parse_config
 
-    def config(**sections: Any) -> Any:
+    def config(base: str, file: Path, **sections: Any) -> Any:
         tree: dict[str, Any] = {
-            "model": {"base": "mini", "checkpoint": str(mini_file)},
+            "model": {"base": base, "checkpoint": str(file)},
             "peft": {"rank": 4},
             "training": {"precision": "fp32"},
         }
@@ -140,6 +141,44 @@ def mini_config(mini: Any, mini_file: Path) -> Callable[..., Any]:
         return parse_config(tree)
 
     return config
+
+
+@pytest.fixture
+def mini_config(mini: Any, mini_file: Path, config_on: Callable[..., Any]) -> Callable[..., Any]:
+    """Configurations on the base ``mini``: ``mini_config(seed=1, peft={"rank": 2})``."""
+    return functools.partial(config_on, "mini", mini_file)
+
+
+@pytest.fixture(scope="session")
+def check_steps() -> Callable[..., None]:
+    """Two steps move what is trained, and nothing else: ``check_steps(model, 40, rate=1.0)``."""
+    import torch
+
+    from samaritan.training.losses import SegmentationLoss
+
+    def check(model: Any, side: int, rate: float) -> None:
+        everything = dict(model.base.model.named_parameters())
+        trained = {id(p) for p in model.trained.values()}
+        before = {name: p.detach().clone() for name, p in everything.items()}
+        optimiser = torch.optim.SGD(everything.values(), lr=rate)
+        generator = torch.Generator().manual_seed(16)
+        images = torch.rand((2, 3, side, side), generator=generator)
+        labels = torch.randint(0, 3, (2, side, side), generator=generator)
+        for step in (1, 2):
+            optimiser.zero_grad()
+            SegmentationLoss(0.5)(model.segmenter(images), labels).backward()
+            for name, parameter in everything.items():
+                assert (parameter.grad is not None) == (id(parameter) in trained), name
+                if "lora_A" in name:  # B = 0 hides A in the first step
+                    assert bool(parameter.grad.abs().sum() > 0) == (step == 2), name
+                elif id(parameter) in trained:
+                    assert parameter.grad.abs().sum() > 0, name
+            optimiser.step()
+        for name, parameter in everything.items():
+            moved = not torch.equal(parameter, before[name])
+            assert moved == (id(parameter) in trained) or "lora_A" in name, name
+
+    return check
 
 
 @pytest.fixture

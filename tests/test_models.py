@@ -270,26 +270,8 @@ def test_a_fresh_adapter_changes_nothing(adapted_mini: Build, mini_file: Path) -
         assert not torch.equal(model.segmenter(images), plain(images))
 
 
-def test_steps_move_what_is_trained_and_nothing_else(adapted_mini: Build) -> None:
-    model = adapted_mini()
-    everything = dict(model.base.model.named_parameters())
-    trained = {id(p) for p in model.trained.values()}
-    before = {name: p.detach().clone() for name, p in everything.items()}
-    optimiser = torch.optim.SGD(everything.values(), lr=1.0)
-    labels = (pictures(17, 2, 40, 40) * 3).long()
-    for step in (1, 2):
-        optimiser.zero_grad()
-        SegmentationLoss(0.5)(model.segmenter(pictures(16, 2, 3, 40, 40)), labels).backward()
-        for name, parameter in everything.items():
-            assert (parameter.grad is not None) == (id(parameter) in trained), name
-            if "lora_A" in name:  # B = 0 hides A in the first step
-                assert bool(parameter.grad.abs().sum() > 0) == (step == 2), name
-            elif id(parameter) in trained:
-                assert parameter.grad.abs().sum() > 0, name
-        optimiser.step()
-    for name, parameter in everything.items():
-        moved = not torch.equal(parameter, before[name])
-        assert moved == (id(parameter) in trained) or "lora_A" in name, name
+def test_steps_move_what_is_trained_and_nothing_else(adapted_mini: Build, check_steps: Any) -> None:
+    check_steps(adapted_mini(), 40, rate=1.0)
 
 
 def test_q_and_v_are_adapted_and_k_is_not(adapted_mini: Build) -> None:

@@ -347,8 +347,12 @@ def test_the_fused_update_equals_the_plain_one(
         if not fusible:
             monkeypatch.setattr(LoraQKV, "_fusible", lambda self, x: False)
         model = adapted_mini(stir=0.1, peft={"alpha": 6.0})
+        # As on `tiny`, where the bias beside a LoRA is trained too.
+        biases = [b.attn.qkv.bias for b in model.base.model.image_encoder.blocks]
+        for bias in biases:
+            bias.requires_grad_(True)
         loss = SegmentationLoss(0.5)(model.segmenter(images()), labels())
-        results.append(torch.autograd.grad(loss, list(model.trained.values())))
+        results.append(torch.autograd.grad(loss, [*model.trained.values(), *biases]))
     for one, other in zip(*results, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 

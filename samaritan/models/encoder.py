@@ -7,7 +7,7 @@ Two things differ from `ImageEncoderViT.forward`, and neither changes the result
 * Position tables keep their official shape and are resized on the fly, so that any input size
   runs on an official state dict.
 
-Legend: B batch, H W token rows and columns, C channels, h heads, d channels of a head, n tokens.
+Legend: B batch, H W token rows and columns, C channels.
 """
 
 from __future__ import annotations

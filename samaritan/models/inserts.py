@@ -83,9 +83,7 @@ class VolumeAdapter(nn.Module):
         hidden = self.down(self.norm(x))
         # A kernel of 3 x 1 x 1 is a convolution along the slices of each place.
         lines = hidden.reshape(records, self.depth, h * w, -1).permute(0, 2, 3, 1)
-        lines = F.gelu(self.conv(lines.flatten(0, 1))).reshape(
-            n // self.depth, h * w, -1, self.depth
-        )
+        lines = F.gelu(self.conv(lines.flatten(0, 1))).reshape(records, h * w, -1, self.depth)
         y: Tensor = x + self.up(lines.permute(0, 3, 1, 2).reshape(n, h, w, -1))
         return y
 
