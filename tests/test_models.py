@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -352,7 +353,24 @@ def test_the_seed_decides_a(adapted_mini: Build) -> None:
 # Bases and inputs.
 
 
-def test_the_embedded_base_is_the_same_on_every_machine() -> None:
+def test_the_embedded_base_does_not_depend_on_the_number_of_threads() -> None:
+    command = (
+        "import torch; from samaritan.models.bases import build_base; "
+        "before = torch.get_num_threads(); "
+        "print(build_base('tiny', 2, 3).sha256, before == torch.get_num_threads())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, check=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        ).stdout
+        for threads in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+    assert found.pop().split()[1] == "True"  # the threads are given back
+
+
+def test_the_embedded_base_ignores_the_random_state() -> None:
     torch.manual_seed(1)
     one = build_base("tiny", 2)
     torch.manual_seed(2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ _SEED = 20261122
 
 
 def initialise(construct: Callable[[], Any]) -> Any:
-    """A SAM without a checkpoint, from the same random numbers on every machine.
+    """A SAM without a checkpoint, the same whatever the number of threads.
 
     Linear layers of the two transformers are orthogonal, positions are sine waves, and each
     attention head starts by looking at one neighbouring token, as a convolution does (Cordonnier et
     al., arXiv 1911.03584): with few data, features that begin local learn faster.
     """
-    with torch.random.fork_rng(devices=[]):
+    # Sums round by how they are shared out, and the base is known by the hash of its bits.
+    with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         sam = construct()
         for layer in [*sam.image_encoder.blocks.modules(), *sam.mask_decoder.transformer.modules()]:
@@ -32,6 +34,17 @@ def initialise(construct: Callable[[], Any]) -> Any:
         for index, block in enumerate(sam.image_encoder.blocks):
             _look_at_neighbours(block.attn, index)
     return sam
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread for a while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _sine_positions(grid: int, width: int) -> Tensor:
