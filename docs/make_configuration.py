@@ -42,7 +42,7 @@ _MEANINGS = {
     "training.intensity_fraction": "Strength of random gamma, contrast, brightness and noise.",
     "training.precision": "Number format of the image encoder; `auto` takes bf16 where the "
     "processor or GPU has units for it.",
-    "federation.weighting": "Sites count by their number of training cases, or all alike.",
+    "server_optimiser.name": "`momentum` is FedAvgM, `adam` FedAdam, `yogi` FedYogi.",
     "evaluation.nsd_tolerance_mm": "Distance at which two surfaces still count as equal.",
 }
 """Keys whose field has no line under it in the source."""

@@ -62,6 +62,8 @@ class PeftConfig(Section):
     """Other ranks by group of layers, such as {decoder: 4} or {encoder.qkv: 16}."""
     blocks: int | None = Field(default=None, ge=0)
     """Adapt only the last so many encoder blocks; all of them when left out."""
+    site_ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Sites that train with a smaller rank than `rank`, for the rules that combine products."""
 
 
 class DataConfig(Section):
@@ -76,6 +78,9 @@ class DataConfig(Section):
     """Sites as the manifest names them, or pseudo-sites of equal size dealt out by patient."""
     classes: dict[str, int] | None = None
     """Structure name -> label value; read from dataset.json or the labels when left out."""
+    site_classes: dict[str, dict[str, int]] = {}
+    """Sites with a label map of their own, structure name -> label value in that site's files; a
+    structure that it leaves out is not labelled there. Other sites use `classes`."""
     held_out_sites: tuple[str, ...] = ()
     """Sites that only score: they train nothing, and all their cases are validation cases."""
     val_fraction: float = Field(default=0.2, gt=0, lt=1)
@@ -124,6 +129,10 @@ class TrainingConfig(Section):
     dice_weight: float = Field(default=0.8, ge=0, le=1)
     """Loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy, per record."""
     clip_norm: float = Field(default=1.0, gt=0)
+    proximal_mu: float = Field(default=0, ge=0)
+    """FedProx: pulls a site towards the adapter it was sent by mu times the distance."""
+    scaffold: bool = False
+    """SCAFFOLD: sites correct their gradients by how they differ from the rest; twice the bytes."""
     foreground_fraction: float = Field(default=0.8, ge=0, le=1)
     """Share of drawn slices that touch a labelled structure."""
     prompts: Literal["none", "box", "point", "mixed"] = "none"
@@ -145,16 +154,89 @@ class TrainingConfig(Section):
     """Augmented views of a slice that training draws among where `prefix_cache_mb` is not 0."""
 
 
-class FederationConfig(Section):
-    """Who must answer, and how long the server waits."""
+class CodecConfig(Section):
+    """How tensors are written for the wire. The three parts apply in this order."""
 
-    weighting: Literal["examples", "uniform"] = "examples"
+    low_rank: int | None = Field(default=None, ge=1)
+    """Matrices are sent as the product of two of this rank, where that is smaller."""
+    top_k: float | None = Field(default=None, gt=0, le=1)
+    """Only this share of the numbers is sent, the largest in magnitude; the others count as 0."""
+    numbers: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    """Number format; the integers are rounded at random so that their mean is right (QSGD)."""
+
+
+class WireConfig(Section):
+    """How much travels."""
+
+    up: CodecConfig = CodecConfig()
+    """Updates of the sites."""
+    down: CodecConfig = CodecConfig()
+    """What changed in the adapter since the sites last had it."""
+    error_feedback: bool = True
+    """A site keeps what its codec left out and adds it to its next update."""
+
+
+class FederationConfig(Section):
+    """Who is asked, who must answer, how long the server waits and what it does about faults."""
+
+    weighting: Literal["examples", "uniform"] | dict[str, Annotated[float, Field(gt=0)]] = (
+        "examples"
+    )
+    """Sites count by their number of training cases, all alike, or by a constant for each site."""
     min_sites: int | None = Field(default=None, ge=1)
-    """Usable replies a round needs; more than half of the sites when left out."""
+    """Usable replies a round needs; more than half of the sites asked when left out."""
+    sites_per_round: int | None = Field(default=None, ge=1)
+    """Ask only so many sites in a round, drawn anew each time; all of them when left out."""
     wait_s: float = Field(default=300, gt=0)
     """How long the server waits for enough sites to be online."""
     round_timeout_s: float = Field(default=3600, gt=0)
     """A site that trains longer than this in one round gives up and says so."""
+    retries: int = Field(default=2, ge=0)
+    """How often a round without enough usable replies asks the missing sites again."""
+    retry_wait_s: float = Field(default=5, ge=0)
+    """Wait before the first of these attempts; doubled for each further one."""
+    quarantine_rounds: int = Field(default=2, ge=0)
+    """Rounds a site sits out after a reply that was refused, while there are enough others."""
+    clip_norm: Literal["median"] | Annotated[float, Field(gt=0)] | None = None
+    """Longer updates are shortened to this norm, or to the median norm of the round's updates."""
+    byzantine_sites: int = Field(default=1, ge=1)
+    """Wrong sites that `trimmed-mean`, `krum` and `multi-krum` are to withstand."""
+    secure_aggregation: bool = False
+    """The server sees sums of updates only. Not part of this version: a run with it is refused."""
+
+
+class ServerOptimiserConfig(Section):
+    """What the server does with the combined update (arXiv 2003.00295); `none` adds it."""
+
+    name: Literal["none", "momentum", "adam", "yogi"] = "none"
+    learning_rate: float = Field(default=1.0, gt=0)
+    """Of the server, on the combined update."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the former step that is kept; beta 1 of `adam` and `yogi`."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Memory of squared updates, for `adam` and `yogi`."""
+    tau: float = Field(default=1e-3, gt=0)
+    """Added to the root of squared updates, for `adam` and `yogi`."""
+
+
+class PersonalConfig(Section):
+    """What each site keeps for itself."""
+
+    parts: tuple[Literal["encoder", "decoder", "lora_A", "lora_B"], ...] = ()
+    """Trained tensors that never leave the site and go on from round to round."""
+    fine_tune_steps: int = Field(default=0, ge=0)
+    """Steps each site trains the final adapter further for itself."""
+
+
+class SelectionConfig(Section):
+    """Which round's adapter is kept, by the mean Dice on validation cases."""
+
+    keep: Literal["last", "best"] = "last"
+    """`best` chooses by the cases that are also scored at the end, and the report says so."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop when so many scored rounds in a row bring no better Dice."""
+    rollback_drop: float | None = Field(default=None, gt=0, le=1)
+    """Go back to the best round's adapter when Dice falls this far below it."""
 
 
 class EvaluationConfig(Section):
@@ -184,6 +266,10 @@ class Config(Section):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
+    wire: WireConfig = WireConfig()
+    server_optimiser: ServerOptimiserConfig = ServerOptimiserConfig()
+    personal: PersonalConfig = PersonalConfig()
+    selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

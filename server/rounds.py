@@ -98,6 +98,7 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
             roll.present,
             [node for node, site in roll.present.items() if site in federation.observers],
             get_rule(config.strategy),
+            config,
             policy,
             Instruction(
                 0, config.rounds, state.config_sha256, federation.base_sha256,

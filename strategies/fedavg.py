@@ -8,26 +8,37 @@ import torch
 from torch import Tensor
 
 from samaritan.models.adapter import AdapterState
+from strategies.update import Situation, Update
 
 
-def fedavg(updates: Iterable[tuple[AdapterState, float]]) -> AdapterState:
+def fedavg(updates: Iterable[Update], situation: Situation) -> AdapterState:
     """Averages each tensor by itself; for LoRA that is A and B apart, not their product.
 
-    Updates are taken one at a time, so that memory does not grow with the number of sites.
+    Updates are taken one at a time, so that memory does not grow with the number of sites. Where
+    some sites have no say (`Update.counts`), the others' mean is taken; where nobody has, nothing
+    changes.
 
     Args:
-        updates: A delta and a positive weight per site; equal names and shapes. Weights need not
-            sum to one.
+        updates: Of equal names and shapes.
+        situation: Unused; every rule takes it.
 
     Returns:
         The mean update, float32, summed in float64; empty when there was no update.
     """
     sums: dict[str, Tensor] = {}
-    total = 0.0
-    for update, weight in updates:
-        total += weight
-        for name, value in update.items():
+    totals: dict[str, Tensor] = {}
+    for update in updates:
+        for name, value in update.delta.items():
+            weight = update.weight * update.counts.get(name, _ONE)
             if name not in sums:
                 sums[name] = torch.zeros(value.shape, dtype=torch.float64)
-            sums[name].add_(value.double(), alpha=weight)
-    return {name: (value / total).float() for name, value in sums.items()}
+                totals[name] = torch.zeros((), dtype=torch.float64)
+            sums[name].add_(value.double() * weight)
+            totals[name] = totals[name] + weight
+    return {
+        name: torch.where(totals[name] > 0, value / totals[name], 0.0).float()
+        for name, value in sums.items()
+    }
+
+
+_ONE = torch.ones((), dtype=torch.float64)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-from samaritan.errors import ConfigError
-from samaritan.models.adapter import AdapterState
+from samaritan.shares import get_sharing
 from strategies.fedavg import fedavg
+from strategies.update import Rule
 
-Rule = Callable[[Iterable[tuple[AdapterState, float]]], AdapterState]
-"""Each site's update and weight, given one at a time -> one update; empty for no update."""
-
-RULES: dict[str, Rule] = {"fedavg": fedavg}
+RULES: dict[str, Rule] = {
+    "fedavg": fedavg,
+    "ffa": fedavg,  # A is not trained, so that the mean of B is exact (arXiv 2403.12313)
+    "fedsa": fedavg,  # B stays at the sites (arXiv 2410.01463)
+    "rolora": fedavg,  # A and B are trained in turn, each mean is exact (arXiv 2502.01755)
+}
+"""Every strategy of `samaritan.shares.SHARING`."""
 
 
 def get_rule(name: str) -> Rule:
@@ -20,10 +21,5 @@ def get_rule(name: str) -> Rule:
     Raises:
         ConfigError: When there is none, with the list.
     """
-    if name not in RULES:
-        raise ConfigError(
-            "SAM-C205",
-            f"strategy: there is no strategy {name!r}",
-            f"Choose one of: {', '.join(RULES)}.",
-        )
+    get_sharing(name)
     return RULES[name]

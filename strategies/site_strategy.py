@@ -11,11 +11,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from samaritan.config import Config
 from samaritan.errors import FederationError
 from samaritan.models.adapter import AdapterState
 from samaritan.wire import Instruction, content, message_bytes, to_arrays
 from strategies.replies import Reply, read_evaluate_reply, read_train_reply
-from strategies.rules import Rule
+from strategies.update import Rule, Situation, Update
 
 _POLL_S = 0.2
 
@@ -64,6 +65,7 @@ class SiteStrategy(Strategy):
         nodes: Approved sites by Flower node id.
         observers: Those of the nodes that score and do not train.
         rule: Combines updates.
+        config: Of the run.
         policy: Quorum and waiting.
         instruction: Sent to every site, with the round filled in.
         initial: The adapter before the first of these rounds; fixes names and shapes.
@@ -76,6 +78,7 @@ class SiteStrategy(Strategy):
         nodes: Mapping[int, str],
         observers: Collection[int],
         rule: Rule,
+        config: Config,
         policy: RoundPolicy,
         instruction: Instruction,
         initial: AdapterState,
@@ -84,6 +87,7 @@ class SiteStrategy(Strategy):
     ) -> None:
         self.nodes, self.observers = nodes, observers
         self.rule, self.policy, self.instruction = rule, policy, instruction
+        self.config = config
         self.adapter = initial
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.offset = first_round - 1
@@ -113,7 +117,8 @@ class SiteStrategy(Strategy):
         Raises:
             FederationError: When there are fewer of them than the round needs.
         """
-        step = self.rule(self._usable(replies))
+        situation = Situation(self.adapter, server_round + self.offset, self.config)
+        step = self.rule(self._usable(replies), situation)
         silent = self._bytes_down.keys() - {r.node_id for r in self._train}
         self._train += [Reply(node, "failed: no answer in time") for node in sorted(silent)]
         usable = sum(r.ok for r in self._train)
@@ -130,8 +135,8 @@ class SiteStrategy(Strategy):
         self.adapter = {name: value + step[name] for name, value in self.adapter.items()}
         return to_arrays(self.adapter), None
 
-    def _usable(self, replies: Iterable[Message]) -> Iterator[tuple[AdapterState, float]]:
-        """Updates and weights of good answers, one at a time; every answer is noted, none kept."""
+    def _usable(self, replies: Iterable[Message]) -> Iterator[Update]:
+        """Updates of good answers, one at a time; every answer is noted, none kept."""
         self._train = []
         for message in replies:
             node = message.metadata.src_node_id
@@ -141,7 +146,7 @@ class SiteStrategy(Strategy):
             self._train.append(reply)
             if update is not None:
                 weight = reply.metrics["num-examples"] if self.policy.example_weights else 1.0
-                yield update, weight
+                yield Update(self.nodes[node], self.adapter, update, weight)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

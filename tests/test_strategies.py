@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from samaritan.config import Config
 from samaritan.errors import ConfigError, FederationError
 from samaritan.wire import Instruction, content, to_arrays
 from simulation.grid import InProcessGrid
@@ -17,6 +18,7 @@ from strategies.fedavg import fedavg
 from strategies.replies import read_evaluate_reply, read_train_reply
 from strategies.rules import RULES, get_rule
 from strategies.site_strategy import RoundPolicy, SiteStrategy, default_quorum
+from strategies.update import Situation, Update
 
 InProcessGrid(ClientApp(), 0)  # sets who this process is; Flower makes no Message before
 
@@ -40,9 +42,15 @@ def ones(value=1.0):
 # FedAvg.
 
 
+def mean_of(pairs):
+    """FedAvg of pairs of update and weight."""
+    updates = [Update(f"site {i}", ones(0.0), d, w) for i, (d, w) in enumerate(pairs)]
+    return fedavg(updates, Situation(ones(0.0), 1, Config()))
+
+
 def test_fedavg_is_the_weighted_mean_in_float64():
     updates, weights = [random_update(i, 10.0**i) for i in range(5)], [1, 7, 2, 40, 3]
-    mean = fedavg(zip(updates, weights, strict=True))
+    mean = mean_of(zip(updates, weights, strict=True))
     for name in SHAPES:
         stack = np.stack([u[name].numpy().astype(np.float64) for u in updates])
         expected = np.average(stack, axis=0, weights=weights).astype(np.float32)
@@ -51,35 +59,47 @@ def test_fedavg_is_the_weighted_mean_in_float64():
 
 
 def test_fedavg_does_not_lose_small_updates_beside_large_ones():
-    mean = fedavg([(ones(1e8), 1), (ones(1.0), 1), (ones(-1e8), 1)])
+    mean = mean_of([(ones(1e8), 1), (ones(1.0), 1), (ones(-1e8), 1)])
     assert torch.allclose(mean["a"], torch.full((2, 3), 1 / 3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("sites", [1, 3, 10])
 def test_equal_updates_average_to_themselves(sites):
     update = random_update(0)
-    mean = fedavg([(update, 1 + i) for i in range(sites)])
+    mean = mean_of([(update, 1 + i) for i in range(sites)])
     assert all(torch.allclose(mean[n], update[n], rtol=1.2e-7, atol=0) for n in SHAPES)
 
 
 def test_only_the_proportion_of_weights_counts():
     updates = [random_update(i) for i in range(3)]
-    small = fedavg(zip(updates, [1, 2, 3], strict=True))
-    large = fedavg(zip(updates, [1e6, 2e6, 3e6], strict=True))
+    small = mean_of(zip(updates, [1, 2, 3], strict=True))
+    large = mean_of(zip(updates, [1e6, 2e6, 3e6], strict=True))
     assert all(torch.allclose(small[n], large[n], rtol=1.2e-7) for n in SHAPES)
 
 
 def test_the_mean_does_not_depend_on_the_order_of_sites():
     pairs = [(random_update(i, 10.0 ** (i - 3)), 1 + i) for i in range(6)]
-    forward, backward = fedavg(pairs), fedavg(reversed(pairs))
+    forward, backward = mean_of(pairs), mean_of(reversed(pairs))
     assert all(torch.allclose(forward[n], backward[n], rtol=1.2e-7, atol=0) for n in SHAPES)
 
 
 def test_no_update_gives_no_mean_and_inputs_stay_as_they_were():
-    assert fedavg([]) == {}
+    assert mean_of([]) == {}
     update = ones()
-    fedavg([(update, 2.0), (ones(3.0), 1.0)])
+    mean_of([(update, 2.0), (ones(3.0), 1.0)])
     assert torch.equal(update["a"], torch.ones(2, 3))
+
+
+def test_where_a_site_has_no_say_the_others_mean_is_taken():
+    start, situation = ones(0.0), Situation(ones(0.0), 1, Config())
+    rows = {"a": torch.tensor([[1.0], [0.0]])}
+    first = Update("first", start, ones(1.0), 1.0, rows)
+    second = Update("second", start, ones(4.0), 2.0, {"b": torch.zeros(())})
+    mean = fedavg([first, second], situation)
+    assert torch.equal(mean["a"], torch.tensor([[3.0] * 3, [4.0] * 3]))
+    assert torch.equal(mean["b"], torch.ones(4))
+    nobody = fedavg([Update("a", start, ones(), 1.0, {"b": torch.zeros(())})], situation)
+    assert torch.equal(nobody["b"], torch.zeros(4))
 
 
 def test_an_unknown_rule_lists_the_rules():
@@ -229,6 +249,7 @@ def strategy(on_round=lambda outcome: None, min_sites=2, wait_s=0.3, example_wei
         {5: "five", 6: "six", 7: "seven"},
         (),
         fedavg,
+        Config(),
         policy,
         Instruction(0, 3, "c", "b", 10.0),
         ones(0.0),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -320,3 +321,32 @@ def official_name(name: str) -> str:
     """A parameter's name without what peft's wrappers add to it."""
     name = name.replace(".base_layer.", ".")
     return name.replace(".default", "") if "lora_" in name else name
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The names of the two factors of one LoRA product B A in an adapter.
+
+    Attributes:
+        a, b: (rank, in) and (out, rank).
+        folded: (out, in): what a strategy has added to the frozen weight, in units of B A, that is
+            before LoRA's scale.
+    """
+
+    a: str
+    b: str
+    folded: str
+
+
+def lora_pairs(names: Iterable[str]) -> list[Pair]:
+    """The LoRA products among the tensors of an adapter, sorted; of names whose partner is there.
+
+    A fused qkv projection has two, for q and for v.
+    """
+    known = set(names)
+    pairs = [
+        Pair(name, name.replace(".lora_A", ".lora_B"), name.replace(".lora_A", ".folded"))
+        for name in sorted(known)
+        if ".lora_A" in name
+    ]
+    return [pair for pair in pairs if pair.b in known]
