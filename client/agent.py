@@ -1,6 +1,6 @@
 """The site agent: the trusted side of a hospital. It owns the data and the frozen base.
 
-The courier (`client.app`) hands it plain tensors and numbers, and nothing a server ships runs here.
+The courier (`client.app`) hands it plain bytes and numbers, and nothing a server ships runs here.
 In a simulation the agents of all sites share one model, since a site loads the adapter it was sent
 before it does anything.
 """
@@ -11,17 +11,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from client.exchange import Exchange
+from client.memory import Memory
 from samaritan import __version__
 from samaritan.config import Config, config_sha256
 from samaritan.data.datasets import Case
 from samaritan.data.slices import CaseCache
 from samaritan.errors import FederationError
-from samaritan.models.adapter import AdaptedModel, AdapterState
+from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
+from samaritan.shares import CONTROL, Shares, shares
+from samaritan.training.drift import control_change
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, StepCallback, round_seed, train_locally
 from samaritan.wire import Instruction
 
 Metrics = dict[str, float | int]
+
+_FINE_TUNING = 0.75
+"""Where in the cosine decay fine-tuning begins: the adapter is good already."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class SiteAgent:
         site: Its name.
         config: The configuration the hospital agreed to.
         model: The frozen base with room for one adapter.
+        initial: The adapter before the first round, of this site's rank.
+        exchange: Its end of the wire.
+        memory: What it keeps between rounds.
         cache: Reads the hospital's cases.
         train_cases, val_cases: The hospital's own split.
         progress: Told of every training step: site, step, steps, loss.
@@ -40,6 +50,9 @@ class SiteAgent:
     site: str
     config: Config
     model: AdaptedModel
+    initial: AdapterState
+    exchange: Exchange
+    memory: Memory
     cache: CaseCache
     train_cases: tuple[Case, ...]
     val_cases: tuple[Case, ...]
@@ -52,22 +65,27 @@ class SiteAgent:
             "samaritan": __version__,
             "config-sha256": config_sha256(self.config),
             "base-sha256": self.model.base.sha256,
+            "adapter-sha256": self.exchange.beginning_sha256,
         }
 
-    def train(
-        self, adapter: AdapterState, instruction: Instruction
-    ) -> tuple[AdapterState, Metrics]:
-        """Trains on the site's cases from the given adapter.
+    def train(self, payload: bytes | None, instruction: Instruction) -> tuple[bytes, Metrics]:
+        """Trains on the site's cases from the adapter the server means.
 
         Returns:
-            The update (trained minus received, by tensor) and `num-examples`, `train-loss`,
-            `steps`, `seconds`.
+            The update as a payload (trained minus received, of what the site sends) and
+            `num-examples`, `train-loss`, `steps`, `seconds`.
 
         Raises:
             SamaritanError: When the instruction or adapter does not fit, or training fails.
         """
         begun = time.monotonic()
-        received = self._accept(adapter, instruction)
+        self._check(instruction)
+        received = self.exchange.receive(payload, instruction)
+        notes = self.memory.recall(before=instruction.server_round)
+        start = self._adapter(received, notes.get("personal", {}))
+        roles = shares(self.config, self.initial, instruction.server_round)
+        own_control = notes.get("control", {})
+        self.model.load(start)
         result = train_locally(
             self.model,
             self.cache,
@@ -79,9 +97,22 @@ class SiteAgent:
             ),
             seed=round_seed(self.config.seed, instruction.server_round, self.site),
             timeout_s=min(instruction.timeout_s, self.config.federation.round_timeout_s),
+            names=roles.trained,
+            control=self._control(received, own_control, roles),
             on_step=self._on_step(),
         )
-        update = {name: value - received[name] for name, value in self.model.state().items()}
+        trained = self._own_rank(self.model.state())
+        delta = {name: trained[name] - start[name] for name in sorted(roles.sent)}
+        kept = {"personal": {name: trained[name] for name in sorted(roles.personal)}}
+        if result.mean_gradient is not None:
+            kept["control"], change = control_change(
+                self._own_rank(result.mean_gradient), own_control
+            )
+            delta |= {CONTROL + name: change[name] for name in sorted(roles.sent)}
+        update, left_out = self.exchange.send(delta, notes.get("left_out", {}), instruction)
+        kept = {k: v for k, v in (kept | {"left_out": left_out}).items() if v}
+        if kept:
+            self.memory.remember(instruction.server_round, kept)
         metrics: Metrics = {
             "num-examples": len(self.train_cases),
             "train-loss": result.loss,
@@ -90,8 +121,8 @@ class SiteAgent:
         }
         return update, metrics
 
-    def evaluate(self, adapter: AdapterState, instruction: Instruction) -> Metrics:
-        """Scores an adapter on the site's validation cases.
+    def evaluate(self, payload: bytes | None, instruction: Instruction) -> Metrics:
+        """Scores an adapter, with the site's personal part, on the site's validation cases.
 
         Returns:
             `dice` (mean over cases; left out where the site has none), `num-cases`, `seconds`.
@@ -100,7 +131,9 @@ class SiteAgent:
             SamaritanError: When the instruction or adapter does not fit, or a case cannot be read.
         """
         begun = time.monotonic()
-        self._accept(adapter, instruction)
+        self._check(instruction)
+        received = self.exchange.receive(payload, instruction)
+        self.model.load(self.personalised(received, instruction.server_round))
         results = evaluate_cases(
             self.model.segmenter, self.cache, self.val_cases, self.config.evaluation
         )
@@ -111,8 +144,50 @@ class SiteAgent:
         }
         return metrics if dice is None else metrics | {"dice": dice}
 
-    def _accept(self, adapter: AdapterState, instruction: Instruction) -> AdapterState:
-        """Checks what the server sent against what the site agreed to, and loads it."""
+    def personalised(self, adapter: AdapterState, server_round: int) -> AdapterState:
+        """An adapter of the server with what the site kept for itself up to a round."""
+        notes = self.memory.recall(before=server_round + 1)
+        return self._adapter(adapter, notes.get("personal", {}))
+
+    def fine_tune(self, adapter: AdapterState, steps: int) -> AdapterState:
+        """An adapter trained further on the site's cases, at the low end of the learning rate.
+
+        Raises:
+            TrainingError: When training fails.
+        """
+        self.model.load(adapter)
+        train_locally(
+            self.model,
+            self.cache,
+            self.train_cases,
+            self.config.training.model_copy(update={"proximal_mu": 0.0}),
+            schedule=Schedule(_FINE_TUNING, 1.0),
+            seed=round_seed(self.config.seed, self.config.rounds + 1, self.site),
+            steps=steps,
+            on_step=self._on_step(),
+        )
+        return self._own_rank(self.model.state())
+
+    def _adapter(self, received: AdapterState, personal: AdapterState) -> AdapterState:
+        state = self.initial | received | personal
+        return {name: state[name] for name in self.initial}
+
+    def _own_rank(self, state: AdapterState) -> AdapterState:
+        return at_rank(state, self.config.peft.site_ranks.get(self.site))
+
+    def _control(
+        self, received: AdapterState, own: AdapterState, roles: Shares
+    ) -> AdapterState | None:
+        """What SCAFFOLD adds to gradients: everyone's control variate minus the site's own."""
+        if not self.config.training.scaffold:
+            return None
+        return {
+            name: received[CONTROL + name] - own[name] if name in own else received[CONTROL + name]
+            for name in roles.sent
+        }
+
+    def _check(self, instruction: Instruction) -> None:
+        """Checks what the server asks for against what the site agreed to."""
         for what, sent, agreed in (
             ("configuration", instruction.config_sha256, config_sha256(self.config)),
             ("base model", instruction.base_sha256, self.model.base.sha256),
@@ -130,8 +205,6 @@ class SiteAgent:
                 f"site {self.site}: round {instruction.server_round} of {instruction.rounds}",
                 "The server asks for a round that was not agreed to.",
             )
-        self.model.load(adapter)
-        return self.model.state()
 
     def _on_step(self) -> StepCallback | None:
         if self.progress is None:

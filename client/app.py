@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client.agent import SiteAgent
 from samaritan.errors import SamaritanError
-from samaritan.wire import ARRAYS, content, from_arrays, read_instruction, to_arrays
+from samaritan.wire import content, payload_of, read_instruction
 
 FindAgent = Callable[[Context], SiteAgent]
 """The agent of the site that a message was delivered to."""
@@ -69,12 +69,10 @@ def _hello(message: Message, agent: SiteAgent) -> Message:
 
 
 def _train(message: Message, agent: SiteAgent) -> Message:
-    adapter = from_arrays(message.content.array_records[ARRAYS])
-    update, metrics = agent.train(adapter, read_instruction(message))
-    return Message(content(to_arrays(update), metrics=metrics), reply_to=message)
+    update, metrics = agent.train(payload_of(message), read_instruction(message))
+    return Message(content(update, metrics=metrics), reply_to=message)
 
 
 def _evaluate(message: Message, agent: SiteAgent) -> Message:
-    adapter = from_arrays(message.content.array_records[ARRAYS])
-    metrics = agent.evaluate(adapter, read_instruction(message))
+    metrics = agent.evaluate(payload_of(message), read_instruction(message))
     return Message(content(metrics=metrics), reply_to=message)

@@ -132,7 +132,9 @@ class TrainingConfig(Section):
     proximal_mu: float = Field(default=0, ge=0)
     """FedProx: pulls a site towards the adapter it was sent by mu times the distance."""
     scaffold: bool = False
-    """SCAFFOLD: sites correct their gradients by how they differ from the rest; twice the bytes."""
+    """SCAFFOLD: sites correct their gradients by how they differ from the rest; twice the bytes.
+    The control is the mean of a site's gradients in a round; under SGD that is the paper's option
+    II, under AdamW our reading of it."""
     foreground_fraction: float = Field(default=0.8, ge=0, le=1)
     """Share of drawn slices that touch a labelled structure."""
     prompts: Literal["none", "box", "point", "mixed"] = "none"
@@ -200,7 +202,8 @@ class FederationConfig(Section):
     clip_norm: Literal["median"] | Annotated[float, Field(gt=0)] | None = None
     """Longer updates are shortened to this norm, or to the median norm of the round's updates."""
     byzantine_sites: int = Field(default=1, ge=1)
-    """Wrong sites that `trimmed-mean`, `krum` and `multi-krum` are to withstand."""
+    """Wrong sites that a robust strategy is to withstand: `median` and `trimmed-mean` need twice as
+    many usable replies and one, `krum` and `multi-krum` twice as many and three."""
     secure_aggregation: bool = False
     """The server sees sums of updates only. Not part of this version: a run with it is refused."""
 
@@ -209,8 +212,9 @@ class ServerOptimiserConfig(Section):
     """What the server does with the combined update (arXiv 2003.00295); `none` adds it."""
 
     name: Literal["none", "momentum", "adam", "yogi"] = "none"
-    learning_rate: float = Field(default=1.0, gt=0)
-    """Of the server, on the combined update."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of the server, on the combined update; 1 when left out, or 0.01 for `adam` and `yogi`, which
+    move each number by about so much in a round."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Share of the former step that is kept; beta 1 of `adam` and `yogi`."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -293,6 +297,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: With every fault of the file and the overrides in one message.
     """
+    tree = read_tree(path, overrides)
+    if "variants" in tree:
+        raise ConfigError(
+            "SAM-C307", f"{path} holds several variants of one run",
+            f"Run them with `samaritan compare {path}`.",
+        )  # fmt: skip
+    return parse_config(tree, str(path))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file after its overrides, their keys and types unchecked.
+
+    Raises:
+        ConfigError: When the file or an override cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -309,7 +328,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("SAM-C102", f"{path} holds no mapping of keys to values", "See configs/.")
     for item in overrides:
         _override(tree, item)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
@@ -375,17 +394,24 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(
             "SAM-C104", f"--set {item!r} has an unreadable value", "Quote it as YAML."
         ) from error
-    *parents, leaf = key.strip().split(".")
+    if not set_key(tree, key.strip(), value):
+        raise ConfigError(
+            "SAM-C104", f"--set {item!r} goes through a value that is no section", "Check the key."
+        )
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> bool:
+    """Sets a dotted key; False where the way to it leads through a value that is no section."""
+    *parents, leaf = key.split(".")
     node: Any = tree
     for name in parents:
         node = node.setdefault(name, {}) if isinstance(node, dict) else None
         if node is None:
             break
     if not isinstance(node, dict):
-        raise ConfigError(
-            "SAM-C104", f"--set {item!r} goes through a value that is no section", "Check the key."
-        )
+        return False
     node[leaf] = value
+    return True
 
 
 def _fault(key: str, detail: ErrorDetails) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from samaritan.config import Config
 from samaritan.errors import ConfigError
@@ -41,6 +44,10 @@ SHARING = {
     "multi-krum": Sharing(),
 }
 """Every strategy; how each combines updates is in `strategies/rules.py`."""
+
+
+CONTROL = "control/"
+"""Before the name of a tensor: its control variate, which SCAFFOLD sends beside it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,32 @@ def shares(config: Config, names: Iterable[str], server_round: int) -> Shares:
     trained = everything - frozen - resting
     received = everything - personal - _of(everything, sharing.frozen)
     return Shares(trained, trained - personal, personal, received)
+
+
+def public_state(
+    config: Config, adapter: Mapping[str, Tensor], control: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What the server sends: of the adapter what it may have changed, and control variates.
+
+    Args:
+        config: The run's strategy, personal parts and drift control.
+        adapter: All tensors, of the server or of a site before the first round.
+        control: Control variates by the tensor's name; zero where left out.
+    """
+    received = shares(config, adapter, 1).received
+    state = {name: value for name, value in adapter.items() if name in received}
+    if config.training.scaffold:
+        for name in sorted(controlled(config, adapter)):
+            zero = torch.zeros_like(adapter[name])
+            state[CONTROL + name] = zero if control is None else control.get(name, zero)
+    return state
+
+
+def controlled(config: Config, names: Iterable[str]) -> frozenset[str]:
+    """The tensors that have a control variate: those that are sent in some round."""
+    everything = frozenset(names)
+    turns = max(1, len(get_sharing(config.strategy).alternating))
+    return frozenset().union(*(shares(config, everything, n + 1).sent for n in range(turns)))
 
 
 def _of(names: frozenset[str], kinds: Iterable[str]) -> frozenset[str]:

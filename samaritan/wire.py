@@ -1,32 +1,25 @@
-"""Adapter states and scores as Flower records, and the bytes they take on the wire.
+"""Instructions, payloads and scores as Flower records, and the bytes they take on the wire.
 
-The only core module that imports flwr. Records are typed; nothing is pickled.
+The only core module that imports flwr. Records are typed; nothing is pickled. A payload is one byte
+string (`samaritan.codecs`) in one Flower array.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 # Before flwr is imported: no telemetry, no look-up of newer versions.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SType
 from flwr.common.serde import recorddict_to_proto
-from torch import Tensor
-
-from samaritan.models.adapter import AdapterState
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
-_FLOAT32 = np.dtype("<f4")
+_PAYLOAD, _STYPE = "payload", "samaritan.codecs"
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,9 @@ class Instruction:
         config_sha256: Of the configuration the server runs.
         base_sha256: Of the base model the adapter belongs to.
         timeout_s: How long local training may take.
+        state_sha256: Of the state to work on, which the site has after reading the payload.
+        reference_sha256: Of the state the payload is to be added to; empty where the payload is the
+            whole state, or where there is none because the site has the state already.
     """
 
     server_round: int
@@ -46,18 +42,13 @@ class Instruction:
     config_sha256: str
     base_sha256: str
     timeout_s: float
+    state_sha256: str = ""
+    reference_sha256: str = ""
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
-        return ConfigRecord(
-            {
-                "server-round": self.server_round,
-                "rounds": self.rounds,
-                "config-sha256": self.config_sha256,
-                "base-sha256": self.base_sha256,
-                "timeout-s": float(self.timeout_s),
-            }
-        )
+        values = asdict(self) | {"timeout_s": float(self.timeout_s)}
+        return ConfigRecord({name.replace("_", "-"): value for name, value in values.items()})
 
 
 def read_instruction(message: Message) -> Instruction:
@@ -67,67 +58,39 @@ def read_instruction(message: Message) -> Instruction:
         KeyError: When a field is missing.
     """
     record = message.content.config_records[CONFIG]
-    return Instruction(
-        int(record["server-round"]),  # type: ignore[arg-type]
-        int(record["rounds"]),  # type: ignore[arg-type]
-        str(record["config-sha256"]),
-        str(record["base-sha256"]),
-        float(record["timeout-s"]),  # type: ignore[arg-type]
-    )
+    kinds = {"int": int, "float": float, "str": str}
+    values = {
+        field.name: kinds[str(field.type)](record[field.name.replace("_", "-")])
+        for field in fields(Instruction)
+    }
+    return Instruction(**values)
 
 
-def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as float32 arrays under their names, sorted."""
-    record = ArrayRecord()
-    for name in sorted(state):  # one by one: ArrayRecord copies what it is made from
-        record[name] = _encode(state[name])
-    return record
-
-
-def from_arrays(record: ArrayRecord) -> AdapterState:
-    """The tensors of a record; copies, so that nobody shares memory with a message.
+def payload_of(message: Message) -> bytes | None:
+    """The payload of a message, if it has one.
 
     Raises:
-        ValueError: When an array is not what `to_arrays` makes.
+        ValueError: When the message holds arrays of another kind.
     """
-    return {name: _decode(array) for name, array in record.items()}
-
-
-def _encode(tensor: Tensor) -> Array:
-    values = np.asarray(tensor.detach().cpu().numpy(), _FLOAT32)
-    return Array("float32", values.shape, SType.NUMPY, _npy_header(values.shape) + values.tobytes())
-
-
-def _decode(array: Array) -> Tensor:
-    header = _npy_header(array.shape)
-    if array.stype == SType.NUMPY and array.data.startswith(header):
-        values = np.frombuffer(array.data, _FLOAT32, offset=len(header)).reshape(array.shape)
-    else:  # the header of another NumPy release may be padded in another way
-        values = array.numpy()
-        if values.dtype != _FLOAT32:
-            raise ValueError(f"an array is {values.dtype} instead of float32")
-    return torch.from_numpy(values.copy())
-
-
-@functools.lru_cache(maxsize=4096)
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What a .npy file of float32 begins with. NumPy takes longer to read it than the numbers."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": _FLOAT32.str, "fortran_order": False, "shape": shape}
-    )
-    return file.getvalue()
+    if ARRAYS not in message.content.array_records:
+        return None
+    record = message.content.array_records[ARRAYS]
+    if list(record) != [_PAYLOAD] or record[_PAYLOAD].stype != _STYPE:
+        raise ValueError("the arrays of a message are no payload")
+    return record[_PAYLOAD].data
 
 
 def content(
-    arrays: ArrayRecord | None = None,
+    payload: bytes | None = None,
     config: ConfigRecord | None = None,
     metrics: Mapping[str, float | int] | None = None,
 ) -> RecordDict:
     """The content of a message from those parts that are given."""
     records = RecordDict()
-    if arrays is not None:
-        records[ARRAYS] = arrays
+    if payload is not None:
+        record = ArrayRecord()
+        record[_PAYLOAD] = Array("uint8", (len(payload),), _STYPE, payload)
+        records[ARRAYS] = record
     if config is not None:
         records[CONFIG] = config
     if metrics is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
 
 _NAME = re.compile(r"round_(\d{5})\.safetensors")
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,15 @@ class Checkpoint:
         adapter: The adapter after it.
         history: The entries of summary.json's `rounds` so far.
         config_sha256: Of the configuration that made it.
+        slots: What else the server remembers, as tensors by purpose: "sent/RANK" for what its
+            sites hold where a codec is lossy, "control", and the state of its optimiser.
     """
 
     server_round: int
     adapter: AdapterState
     history: list[dict[str, Any]]
     config_sha256: str
+    slots: dict[str, AdapterState] = field(default_factory=dict)
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -45,13 +48,35 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         StorageError: When the disk is full or not writable; nothing partial is left behind.
     """
-    path = directory / f"round_{checkpoint.server_round:05d}.safetensors"
+    path = _path(directory, checkpoint.server_round)
     state = {"history": checkpoint.history, "config_sha256": checkpoint.config_sha256}
-    tensors = {name: value.contiguous() for name, value in checkpoint.adapter.items()}
+    groups = {"adapter": checkpoint.adapter} | checkpoint.slots
+    tensors = {
+        f"{group}:{name}": value.contiguous()
+        for group, state in groups.items()
+        for name, value in state.items()
+    }
     text = json.dumps(state)
     metadata = {"format": _FORMAT, "state": text, "sha256": _digest(tensors, text)}
     write_atomically(path, save(tensors, metadata))
     return path
+
+
+def read_round(directory: Path, server_round: int) -> Checkpoint:
+    """The checkpoint of one round.
+
+    Raises:
+        StorageError: When it is missing or damaged.
+    """
+    path = _path(directory, server_round)
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StorageError(
+            "SAM-S109",
+            f"the checkpoint of round {server_round} in {directory} is missing or damaged",
+            "Set selection.keep to last and selection.rollback_drop to null, or start anew.",
+        ) from error
 
 
 def latest_checkpoint(
@@ -91,7 +116,16 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("damaged")
     state = json.loads(metadata["state"])
     number = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
-    return Checkpoint(number, tensors, state["history"], state["config_sha256"])
+    groups: dict[str, AdapterState] = {}
+    for key, value in tensors.items():
+        group, _, name = key.partition(":")
+        groups.setdefault(group, {})[name] = value
+    adapter = groups.pop("adapter")
+    return Checkpoint(number, adapter, state["history"], state["config_sha256"], groups)
+
+
+def _path(directory: Path, server_round: int) -> Path:
+    return directory / f"round_{server_round:05d}.safetensors"
 
 
 def _digest(tensors: AdapterState, text: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from samaritan import __version__
 from samaritan.errors import FederationError
 from samaritan.wire import CONFIG, content
 
@@ -32,25 +31,25 @@ class RollCall:
 
 def roll_call(
     grid: Grid,
-    approved: Sequence[str],
-    config_sha256: str,
-    base_sha256: str,
+    expected: Mapping[str, Mapping[str, str]],
     min_sites: int,
     wait_s: float,
 ) -> RollCall:
-    """Asks every node for its site, version, configuration and base, until enough are right.
+    """Asks every node for its site, version, configuration, base and adapter.
+
+    Args:
+        grid: Flower's.
+        expected: What each approved site must answer.
+        min_sites: How many must be right.
+        wait_s: How long to wait for them.
 
     Raises:
         FederationError: When too few sites are right after `wait_s` seconds.
     """
-    expected = {
-        "samaritan": __version__,
-        "config-sha256": config_sha256,
-        "base-sha256": base_sha256,
-    }
+    approved = list(expected)
     end = time.monotonic() + wait_s
     while True:
-        roll = _ask(grid, approved, expected, wait_s)
+        roll = _ask(grid, expected, wait_s)
         if len(roll.present) == len(approved):
             return roll
         if time.monotonic() > end:
@@ -69,9 +68,7 @@ def roll_call(
     return roll
 
 
-def _ask(
-    grid: Grid, approved: Sequence[str], expected: dict[str, str], timeout_s: float
-) -> RollCall:
+def _ask(grid: Grid, expected: Mapping[str, Mapping[str, str]], timeout_s: float) -> RollCall:
     questions = [
         Message(content(), message_type=MessageType.QUERY, dst_node_id=node)
         for node in sorted(grid.get_node_ids())
@@ -86,15 +83,14 @@ def _ask(
         except Exception as fault:  # an answer of any shape may come
             refused.append(f"node {node}: no readable answer ({type(fault).__name__})")
             continue
-        wrong = [k for k, v in expected.items() if answer.get(k) != v]
-        if site not in approved:
+        right = expected.get(site, {})
+        wrong = [k for k, v in right.items() if answer.get(k) != v]
+        if site not in expected:
             refused.append(f"node {node}: not an approved site")
         elif site in present.values():
             refused.append(f"site {site}: a second node claims to be this site")
         elif wrong:
-            pairs = ", ".join(
-                f"{k} {_plain(answer.get(k, ''))} not {expected[k][:16]}" for k in wrong
-            )
+            pairs = ", ".join(f"{k} {_plain(answer.get(k, ''))} not {right[k][:16]}" for k in wrong)
             refused.append(f"site {site}: {pairs}")
         else:
             present[node] = site

@@ -120,7 +120,8 @@ def _train_and_score(
         model,
         cache,
         cases,
-        study.config.training,
+        # There is no adapter of others to stay near to.
+        study.config.training.model_copy(update={"proximal_mu": 0.0}),
         schedule=Schedule(0.0, 1.0),
         seed=round_seed(study.config.seed, 0, name),
         steps=steps,

@@ -19,6 +19,7 @@ from samaritan.models.adapter import build_adapted
 from server.app import make_server_app
 from server.checkpoints import Checkpoint
 from server.rounds import Federation
+from simulation.agents import build_agents
 from simulation.grid import InProcessGrid, partition_id
 from simulation.study import read_study
 
@@ -72,7 +73,8 @@ def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -
     faults: list[Exception] = []
 
     # Flower swallows what a ServerApp raises in a simulation; it is brought out by hand.
-    app = make_server_app(federation, finished.append, faults.append)
+    workers = max(1, len(os.sched_getaffinity(0)) // cpus_per_site)
+    app = make_server_app(replace(federation, at_once=workers), finished.append, faults.append)
     nodes = len(federation.sites) + len(federation.observers)
     gpus = torch.cuda.device_count() / nodes
     try:
@@ -110,4 +112,4 @@ def _worker_agents(run_dir: str, data_dir: str) -> list[SiteAgent]:
     config: Config = load_config(Path(run_dir) / "config.yaml")
     study = read_study(config, Path(data_dir))
     model = build_adapted(config, len(study.classes))
-    return [replace(agent, progress=None) for agent in study.agents(model, study.cache())]
+    return build_agents(study, model, model.state(), study.cache(), Path(run_dir))

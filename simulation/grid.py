@@ -6,6 +6,7 @@ private names of Flower that this needs live here and nowhere else; flwr is pinn
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+
+from simulation.deadline import DeadlineError, deadline
 
 _FIRST_NODE = 1000
 _RUN = 1
@@ -77,12 +80,16 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Delivers each message when its answer is asked for; each site bounds its own time.
+        """Delivers each message when its answer is asked for; sites take their turns.
 
-        One answer is in memory at a time, whatever the number of sites.
+        One answer is in memory at a time, whatever the number of sites. A site that takes longer
+        than `timeout` is interrupted and gives no answer.
         """
         for message in messages:
-            yield from self.pull_messages(self.push_messages([message]))
+            replies: list[Message] = []
+            with contextlib.suppress(DeadlineError), deadline(timeout):
+                replies += self.pull_messages(self.push_messages([message]))
+            yield from replies
 
     def create_message(self, *_: Any, **__: Any) -> Message:
         """Part of Flower's interface that its Message API no longer uses."""

@@ -3,58 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import platform
-import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
+from torch import Tensor
 
-from client.agent import SiteAgent
-from samaritan import __version__
 from samaritan.config import (
     Config,
     config_differences,
-    config_sha256,
     dump_config,
     load_config,
 )
 from samaritan.data.phantoms import write_phantoms
-from samaritan.data.slices import CaseCache, PreparedCase
-from samaritan.data.transforms import normalise_intensity
-from samaritan.data.volume import read_image
 from samaritan.errors import ConfigError, StorageError
 from samaritan.files import write_atomically
 from samaritan.models.adapter import (
     AdaptedModel,
     AdapterState,
     build_adapted,
-    card_of,
     save_adapter,
 )
 from samaritan.models.bases import get_base
+from samaritan.models.class_tensors import counts
 from samaritan.models.presets import get_preset
-from samaritan.report.facts import oracle_mark
 from samaritan.report.html import write_report
-from samaritan.report.overlay import draw_overlay
-from samaritan.report.summary import case_entries, final_scores
-from samaritan.training.evaluate import CaseScores, evaluate_cases, true_indices
-from server.checkpoints import Checkpoint
+from samaritan.shares import get_sharing
 from server.events import append_event
-from server.rounds import Federation, RoundCallback, overhead_seconds
+from server.rounds import Federation, RoundCallback
+from simulation.agents import build_agents
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
-from simulation.study import TRAIN, VALIDATION, Study, check_study, read_study
-from strategies.rules import get_rule
+from simulation.outcome import cost_of, steps_of, summarise, write_json
+from simulation.personal import own_adapters, personal_results
+from simulation.scoring import score_run
+from simulation.study import (
+    TRAIN,
+    VALIDATION,
+    Study,
+    check_sites,
+    check_study,
+    read_study,
+)
+from strategies.optimisers import check_optimiser
+from strategies.robust import check_secure_aggregation
 
 _PHANTOMS, _PHANTOMS_PARTIAL = "data", "data.partial"
 
@@ -107,14 +103,15 @@ def simulate(
     """
     watch = watch or Watch()
     begun = time.monotonic()
-    _check_choices(config, engine)
-    _check_run_dir(config, run_dir, resume)
+    check_run(config, run_dir, data_dir=data_dir, engine=engine, resume=resume)
     with _clean_unless_opened(run_dir):
         study, data_dir = _prepare_study(config, run_dir, data_dir, watch)
         model = build_adapted(config, len(study.classes))
         initial = model.state()
         cache = study.cache()
-        agents = study.agents(model, cache, watch.step)
+        if baselines:
+            cache.unlabelled(study.cases(TRAIN))  # what the pooled model will ask, before the run
+        agents = build_agents(study, model, initial, cache, run_dir, watch.step)
         _open_run_dir(config, run_dir)
     federation = Federation(
         config,
@@ -123,7 +120,8 @@ def simulate(
         study.training_sites,
         run_dir,
         study.observers,
-        watch.round_done,
+        _counts(study, initial),
+        on_round=watch.round_done,
     )
     watch.note(
         f"{len(study.sites)} sites, {len(study.cases(TRAIN))} training and "
@@ -138,14 +136,16 @@ def simulate(
     model.load(state.adapter)
     _save_adapter(run_dir / "adapter", model, state.adapter, study)
     watch.note("scoring every validation case on its native grid")
-    results = _score(study, model, cache, run_dir)
-    steps = {site: _steps(state, site) for site in study.training_sites}
+    adapters = own_adapters(agents, state)
+    results = score_run(study, model, cache, adapters, run_dir)
+    personal = personal_results(study, model, cache, agents, adapters, watch.note)
+    steps = {site: steps_of(state, site) for site in study.training_sites}
 
     def conclude(reference: dict[str, Any] | None) -> dict[str, Any]:
-        cost = _cost(state, agents, engine, time.monotonic() - begun, federated_seconds)
-        summary = _summary(study, model, agents, state, results, reference, engine)
-        summary["cost"] = cost
-        _write_json(run_dir / "summary.json", summary)
+        cost = cost_of(state, agents, engine, time.monotonic() - begun, federated_seconds)
+        summary = summarise(study, model, agents, state, results, reference, engine)
+        summary |= {"personal": personal, "cost": cost}
+        write_json(run_dir / "summary.json", summary)
         write_report(run_dir)
         return summary
 
@@ -162,13 +162,41 @@ def simulate(
     return summary
 
 
-def _check_choices(config: Config, engine: str) -> None:
-    """Refuses names that nothing goes by, before any work is done."""
+def check_run(
+    config: Config,
+    run_dir: Path,
+    *,
+    data_dir: Path | None = None,
+    engine: str = "inprocess",
+    resume: bool = False,
+) -> None:
+    """Refuses what `simulate` would refuse before it reads any data or makes any file.
+
+    Raises:
+        SamaritanError: For a name that nothing goes by, data that is missing, or a run folder that
+            holds something else than the run to resume.
+    """
     get_base(config.model.base)
     get_preset(config.peft.preset)
-    get_rule(config.strategy)
+    get_sharing(config.strategy)
+    check_optimiser(config)
+    check_secure_aggregation(config)
     if engine == "ray":
         require_ray()
+    if data_dir is None and config.data.source != "phantoms":
+        raise ConfigError(
+            "SAM-C303", "no data folder given", "Add --data DIR, or set data.source: phantoms."
+        )
+    _check_run_dir(config, run_dir, resume)
+
+
+def _counts(study: Study, initial: AdapterState) -> dict[str, dict[str, Tensor]]:
+    """Which tensors of an update count, of sites that label some structures only."""
+    shapes = {name: tuple(value.shape) for name, value in initial.items()}
+    return {
+        site: counts(shapes, len(study.classes), study.labelled(site))
+        for site in study.config.data.site_classes
+    }
 
 
 @contextlib.contextmanager
@@ -215,12 +243,9 @@ def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
 def _prepare_study(
     config: Config, run_dir: Path, data_dir: Path | None, watch: Watch
 ) -> tuple[Study, Path]:
-    if data_dir is None and config.data.source != "phantoms":
-        raise ConfigError(
-            "SAM-C303", "no data folder given", "Add --data DIR, or set data.source: phantoms."
-        )
     data_dir = data_dir or _make_phantoms(config, run_dir, watch)
     study = read_study(config, data_dir)
+    check_sites(study)
     check_study(study, data_dir, watch.case_checked)
     return study, data_dir
 
@@ -254,157 +279,3 @@ def _save_adapter(directory: Path, model: AdaptedModel, state: AdapterState, stu
         raise StorageError(
             "SAM-S101", f"cannot write {directory}: {error}", "Free space, then use --resume."
         ) from error
-
-
-def _score(study: Study, model: AdaptedModel, cache: CaseCache, run_dir: Path) -> list[CaseScores]:
-    """Final scores of every validation case, with overlays of the worst, median and best."""
-    kept: dict[str, tuple[PreparedCase, NDArray[np.uint8]]] = {}
-
-    def keep(prepared: PreparedCase, prediction: NDArray[np.uint8], scores: CaseScores) -> None:
-        kept[prepared.case.case_id] = (prepared, prediction)
-
-    results = evaluate_cases(
-        model.segmenter,
-        cache,
-        study.cases(VALIDATION),
-        study.config.evaluation,
-        surfaces=True,
-        on_case=keep,
-    )
-    prompts = study.config.evaluation.prompts
-    _write_json(run_dir / "cases.json", case_entries(results, prompts))
-    ranked = sorted((r for r in results if r.dice == r.dice), key=lambda r: r.dice)
-    chosen: dict[str, CaseScores] = {}
-    if ranked:
-        chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    entries = []
-    for rank, result in chosen.items():
-        path = run_dir / "overlays" / f"{rank}.png"
-        path.parent.mkdir(exist_ok=True)
-        title = f"{rank.capitalize()} case{oracle_mark(prompts)}"
-        _draw(path, *kept[result.case.case_id], cache, title)
-        entries.append(
-            {
-                "file": f"overlays/{rank}.png",
-                "title": title,
-                "case_id": result.case.case_id,
-                "site": result.case.site,
-                "dice": result.dice,
-            }
-        )
-    _write_json(run_dir / "overlays.json", entries)
-    return results
-
-
-def _draw(
-    path: Path,
-    prepared: PreparedCase,
-    prediction: NDArray[np.uint8],
-    cache: CaseCache,
-    title: str,
-) -> None:
-    case = prepared.case
-    image = normalise_intensity(read_image(case.image, case.case_id).array)
-    classes = {name: index for index, name in enumerate(cache.classes, 1)}
-    draw_overlay(
-        path,
-        image,
-        true_indices(prepared, cache),
-        prediction,
-        prepared.grid.spacing_mm,
-        classes,
-        title,
-    )
-
-
-def _steps(state: Checkpoint, site: str) -> int:
-    return int(sum(r["sites"].get(site, {}).get("steps") or 0 for r in state.history))
-
-
-def _summary(
-    study: Study,
-    model: AdaptedModel,
-    agents: Sequence[SiteAgent],
-    state: Checkpoint,
-    results: Sequence[CaseScores],
-    reference: dict[str, Any] | None,
-    engine: str,
-) -> dict[str, Any]:
-    config = study.config
-    final = final_scores(results, list(study.classes), config.evaluation)
-    return {
-        "samaritan": __version__,
-        "name": config.name,
-        "config_sha256": config_sha256(config),
-        "seed": config.seed,
-        "engine": engine,
-        "base": card_of(model.base),
-        "peft": {
-            "preset": config.peft.preset,
-            "rank": config.peft.rank,
-            "trainable_parameters": model.parameters(),
-        },
-        "strategy": config.strategy,
-        "data": {
-            "classes": study.classes,
-            "pseudo_sites": config.data.pseudo_sites or config.data.partition == "uniform",
-            "note": config.data.note,
-        },
-        "sites": {
-            agent.site: {
-                "train_cases": len(agent.train_cases),
-                "val_cases": len(agent.val_cases),
-                "train_subjects": len({c.subject_id for c in agent.train_cases}),
-            }
-            for agent in agents
-        },
-        "rounds": state.history,
-        "final": final,
-        "baselines": reference,
-        "gain": _gain(final, reference),
-        "privacy": None,
-    }
-
-
-def _gain(final: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float] | None:
-    """Federated Dice minus each baseline's."""
-    if reference is None or final["dice_mean"] is None:
-        return None
-    named = {"over_local": "local_only", "over_centralised": "centralised", "over_unet": "unet"}
-    return {
-        key: final["dice_mean"] - reference[name]["dice_mean"]
-        for key, name in named.items()
-        if reference[name]["dice_mean"] is not None
-    }
-
-
-def _cost(
-    state: Checkpoint, agents: Sequence[SiteAgent], engine: str, wall: float, federated: float
-) -> dict[str, Any]:
-    sites = [s for r in state.history for s in r["sites"].values()]
-    # The same weights in memory are one copy, however many agents hold them.
-    bases = {next(agent.model.segmenter.model.parameters()).data_ptr() for agent in agents}
-    return {
-        "wall_seconds": round(wall, 1),
-        "federated_seconds": round(federated, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "bytes_up": sum(s["bytes_up"] for s in sites),
-        "bytes_down": sum(s["bytes_down"] for s in sites),
-        # Ray workers hold copies of their own, which this process cannot see.
-        "frozen_base_copies": len(bases) if engine == "inprocess" else None,
-        "steps": sum(s["steps"] or 0 for s in sites),
-        "overhead_seconds_per_round": overhead_seconds(state.history),
-        "hardware": _hardware(),
-    }
-
-
-def _hardware() -> str:
-    """Processor, cores and GPU, for the reader of a number."""
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{name or platform.machine()}, {cores} cores{gpu}, torch {torch.__version__}"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

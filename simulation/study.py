@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.agent import SiteAgent
 from samaritan.config import Config
 from samaritan.data.checks import check_dataset
 from samaritan.data.datasets import (
@@ -23,9 +22,11 @@ from samaritan.data.datasets import (
     read_dataset,
     require_disjoint,
 )
+from samaritan.data.label_maps import check_label_maps, labelled_classes
 from samaritan.data.slices import CaseCache
 from samaritan.errors import ConfigError, DataError
-from samaritan.models.adapter import AdaptedModel, image_size
+from samaritan.models.adapter import image_size
+from server.rounds import quorum
 
 TRAIN, VALIDATION = "train", "val"
 
@@ -54,6 +55,10 @@ class Study:
         """Sites that train."""
         return tuple(site for site in self.sites if site not in self.observers)
 
+    def labelled(self, site: str) -> frozenset[int]:
+        """Class indices (1 and up, in the order of `classes`) that a site labels."""
+        return labelled_classes(self.config.data, site, self.classes)
+
     def cases(self, split: str, site: str | None = None) -> tuple[Case, ...]:
         """Cases of one split, at one site or at all."""
         chosen = self.sites if site is None else {site: self.sites[site]}
@@ -62,26 +67,6 @@ class Study:
     def cache(self) -> CaseCache:
         """A cache for the study's cases."""
         return CaseCache(self.config.data, self.classes, image_size(self.config))
-
-    def agents(
-        self,
-        model: AdaptedModel,
-        cache: CaseCache,
-        progress: Callable[[str, int, int, float], None] | None = None,
-    ) -> list[SiteAgent]:
-        """One agent per site, all on one model and one cache."""
-        return [
-            SiteAgent(
-                site,
-                self.config,
-                model,
-                cache,
-                self.cases(TRAIN, site),
-                self.cases(VALIDATION, site),
-                progress,
-            )
-            for site in self.sites
-        ]
 
 
 def read_study(config: Config, data_dir: Path) -> Study:
@@ -92,6 +77,7 @@ def read_study(config: Config, data_dir: Path) -> Study:
         data_dir: A folder `read_dataset` knows.
 
     Raises:
+        ConfigError: When the configuration asks for sites or structures that are not there.
         DataError: When the folder, its splits or its sites cannot be used.
     """
     dataset = assign_splits(read_dataset(data_dir), config.data.val_fraction, config.seed)
@@ -100,6 +86,8 @@ def read_study(config: Config, data_dir: Path) -> Study:
     dataset = _hold_out(dataset, config.data.held_out_sites)
     require_disjoint(dataset)
     sites = {site: tuple(cases) for site, cases in sorted(by_site(dataset.cases).items())}
+    training = [site for site in sites if site not in config.data.held_out_sites]
+    check_label_maps(config.data, training, config.data.held_out_sites)
     study = Study(config, config.data.classes or discover_classes(dataset), sites)
     if not study.classes:
         raise DataError(
@@ -135,6 +123,41 @@ def read_study(config: Config, data_dir: Path) -> Study:
     return study
 
 
+def check_sites(study: Study) -> None:
+    """Refuses keys that name sites wrongly, and a round that can never have enough replies.
+
+    Raises:
+        ConfigError: SAM-C226 or SAM-C228.
+    """
+    config, sites = study.config, set(study.training_sites)
+    weighting = config.federation.weighting
+    weighted = set(weighting) if isinstance(weighting, dict) else sites
+    faults = [
+        f"{key} names {', '.join(sorted(names))}"
+        for key, names in (
+            ("federation.weighting", weighted - sites),
+            ("peft.site_ranks", config.peft.site_ranks.keys() - study.sites.keys()),
+        )
+        if names
+    ]
+    if sites - weighted:
+        faults.append(f"federation.weighting leaves out {', '.join(sorted(sites - weighted))}")
+    if faults:
+        raise ConfigError(
+            "SAM-C228", "; ".join(faults), f"The sites that train are: {', '.join(sorted(sites))}."
+        )
+    asked = min(len(sites), config.federation.sites_per_round or len(sites))
+    needed = quorum(config, len(sites))
+    if needed > asked:
+        raise ConfigError(
+            "SAM-C226",
+            f"a round of strategy {config.strategy} needs {needed} usable replies, "
+            f"but {asked} sites are asked",
+            "Lower federation.min_sites or federation.byzantine_sites, raise "
+            "federation.sites_per_round, or choose another strategy.",
+        )
+
+
 def check_study(
     study: Study, data_dir: Path, progress: Callable[[int, int, str], None] | None = None
 ) -> None:
@@ -144,7 +167,8 @@ def check_study(
         DataError: With the first fault and the number of others.
     """
     cases = tuple(case for cases in study.sites.values() for case in cases)
-    findings = check_dataset(Dataset(data_dir, cases, study.classes), progress)
+    dataset = Dataset(data_dir, cases, study.classes)
+    findings = check_dataset(dataset, progress, study.config.data.site_classes)
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         first = errors[0]

@@ -19,9 +19,8 @@ from samaritan.data.slices import CaseCache
 from samaritan.data.transforms import normalise_intensity
 from samaritan.data.volume import read_image
 from samaritan.training.augment import BODY_AXES
-from samaritan.training.evaluate import CaseScores, true_indices
+from samaritan.training.evaluate import CaseScores, score_prediction, true_indices
 from samaritan.training.losses import SegmentationLoss
-from samaritan.training.metrics import score_case
 
 _DIVISOR, _LARGEST = 8, 64
 _BATCH = 2
@@ -66,7 +65,7 @@ def train_unet(
             num_res_units=2,
             norm="INSTANCE",
         ).to(device)
-    loss_of = SegmentationLoss(0.5)
+    loss_of = SegmentationLoss(0.5, cache.unlabelled(train))
     optimiser = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=1e-5)
     begun, steps = time.monotonic(), 0
     axes = [BODY_AXES[name] for name in flip]
@@ -83,7 +82,8 @@ def train_unet(
         steps += 1
     parameters = sum(p.numel() for p in network.parameters())
     network.eval()
-    return [_score(network, case, cache, patch, settings) for case in validation], parameters, steps
+    scores = [_score(network, case, cache, patch, settings) for case in validation]
+    return scores, parameters, steps
 
 
 def _load(case: Case, cache: CaseCache) -> tuple[Tensor, Tensor]:
@@ -149,9 +149,4 @@ def _score(
         image.to(device), patch, 1, network, overlap=0.5, mode="gaussian"
     )
     prediction: NDArray[np.uint8] = logits.argmax(1)[0].cpu().numpy().astype(np.uint8)
-    truth = true_indices(cache.get(case), cache)
-    names = list(cache.classes)
-    scores = score_case(
-        prediction, truth, volume.spacing_mm, names, settings.nsd_tolerance_mm, surfaces=False
-    )
-    return CaseScores(case, scores)
+    return score_prediction(prediction, cache.get(case), cache, settings, surfaces=False)

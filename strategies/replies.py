@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import torch
 from flwr.app import Message
 
+from samaritan.codecs import WireError, decode
+from samaritan.config import CodecConfig
 from samaritan.models.adapter import AdapterState
-from samaritan.wire import ARRAYS, METRICS, from_arrays, message_bytes
+from samaritan.models.bases import state_sha256
+from samaritan.wire import METRICS, message_bytes, payload_of
 
 _MOST = 1e9
 _RANGES = {
@@ -24,22 +26,27 @@ _RANGES = {
 }
 """Every metric the server reads, with the lowest and highest value it believes."""
 
+_LARGEST = 1e6
+"""No weight of a network moves this far; larger numbers would overflow in what follows."""
+
 
 @dataclass(frozen=True)
 class Reply:
     """One site's answer.
 
     Attributes:
-        node_id: Flower's id of the site's node.
-        status: "ok", or what is wrong with the answer; never free text of the site.
+        status: "ok", or what is wrong with the answer; never free text of the site. It begins with
+            "failed" where the site could not answer, with "refused" where the answer is wrong, and
+            with "late" where there is none, or one of another round.
         metrics: Numbers the site sent, where the answer is usable.
         size_bytes: Serialised size.
+        update_sha256: Hash of the update, where it is usable.
     """
 
-    node_id: int
     status: str
     metrics: dict[str, float] = field(default_factory=dict)
     size_bytes: int = 0
+    update_sha256: str = ""
 
     @property
     def ok(self) -> bool:
@@ -47,41 +54,66 @@ class Reply:
         return self.status == "ok"
 
 
-def read_train_reply(
-    message: Message, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Reply, AdapterState | None]:
-    """Checks an answer to a training message: names, shapes, finite values and its weight.
+@dataclass(frozen=True)
+class Expected:
+    """What an update must be.
+
+    Attributes:
+        server_round: The round it answers.
+        state_sha256: The state it is to be added to.
+        shapes: Shape of every tensor by name.
+        codec: How it is to be written.
+        former_sha256: Hash of the site's former update; the same again is a replay.
+    """
+
+    server_round: int
+    state_sha256: str
+    shapes: Mapping[str, tuple[int, ...]]
+    codec: CodecConfig
+    former_sha256: str = ""
+
+
+def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, AdapterState | None]:
+    """Checks an answer to a training message: round, names, shapes, values and its weight.
 
     Returns:
         What there is to note of the answer, and its update if it is usable.
     """
-    node_id, size = message.metadata.src_node_id, message_bytes(message)
+    size = message_bytes(message)
     if message.has_error():
-        return Reply(node_id, _error_status(message)), None
+        return Reply(_error_status(message)), None
     try:
-        update = from_arrays(message.content.array_records[ARRAYS])
+        payload = payload_of(message)
+        if payload is None:
+            return Reply("refused: no update", size_bytes=size), None
+        update, header = decode(payload, expected.shapes, expected.codec)
         metrics = _numbers(message)
-        fault = _unlike(update, shapes) or _out_of_range(metrics, ("num-examples", "train-loss"))
+        fault = _unlike(update, header, expected) or _out_of_range(
+            metrics, ("num-examples", "train-loss")
+        )
+    except WireError as error:
+        return Reply(f"refused: {error}", size_bytes=size), None
     except Exception as error:  # whatever a site sends, the round goes on
-        return Reply(node_id, f"refused: unreadable ({type(error).__name__})", {}, size), None
+        return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size), None
+    sha256 = state_sha256(update)
+    if not fault and sha256 == expected.former_sha256:
+        fault = "refused: the site's former update again"
     if fault:
-        return Reply(node_id, f"refused: {fault}", {}, size), None
-    return Reply(node_id, "ok", metrics, size), update
+        return Reply(fault, size_bytes=size), None
+    return Reply("ok", metrics, size, sha256), update
 
 
 def read_evaluate_reply(message: Message) -> Reply:
     """Checks an answer to an evaluation message: scores between 0 and 1, a count of cases."""
-    node_id, size = message.metadata.src_node_id, message_bytes(message)
+    size = message_bytes(message)
     if message.has_error():
-        return Reply(node_id, _error_status(message))
+        return Reply(_error_status(message))
     try:
         metrics = _numbers(message)
     except Exception as error:
-        return Reply(node_id, f"refused: unreadable ({type(error).__name__})", size_bytes=size)
+        return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size)
     fault = _out_of_range(metrics, ("num-cases",))
-    if fault:
-        return Reply(node_id, f"refused: {fault}", size_bytes=size)
-    return Reply(node_id, "ok", metrics, size)
+    return replace(Reply(fault or "ok", size_bytes=size), metrics={} if fault else metrics)
 
 
 def _numbers(message: Message) -> dict[str, float]:
@@ -93,25 +125,24 @@ def _numbers(message: Message) -> dict[str, float]:
 def _out_of_range(metrics: Mapping[str, float], needed: Sequence[str]) -> str | None:
     for name in needed:
         if name not in metrics:
-            return f"{name} is missing"
+            return f"refused: {name} is missing"
     for name, value in metrics.items():
         low, high = _RANGES[name]
         if not low <= value <= high:  # NaN is nowhere
-            return f"{name} is {value:g}"
+            return f"refused: {name} is {value:g}"
     return None
 
 
-def _unlike(update: AdapterState, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first thing wrong with an update; the names of unknown tensors are the site's words."""
-    if unknown := len(update.keys() - shapes.keys()):
-        return f"{unknown} unknown tensors"
-    for name, shape in shapes.items():
-        if name not in update:
-            return f"missing {name}"
-        if tuple(update[name].shape) != shape:
-            return f"{name} is {tuple(update[name].shape)} instead of {shape}"
-        if not torch.isfinite(update[name]).all():
-            return f"{name} is not finite"
+def _unlike(update: AdapterState, header: Mapping[str, str], expected: Expected) -> str | None:
+    """The first thing wrong with an update."""
+    if header.get("round") != str(expected.server_round):
+        return "late: an update of another round"
+    if header.get("state") != expected.state_sha256:
+        return "refused: trained from another adapter"
+    for name, value in update.items():
+        largest = value.abs().max().item() if value.numel() else 0.0
+        if largest > _LARGEST:
+            return f"refused: {name} moves by {largest:.0e}"
     return None
 
 

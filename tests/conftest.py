@@ -253,6 +253,14 @@ class FakeSite:
         self.site, self.config, self.add, self.examples = site, config, add, examples
         self.instead, self.changes = instead or {}, hello or {}
         self.asked: list[int] = []
+        self.exchange: Any = None
+        self.begin(fake_adapter())
+
+    def begin(self, adapter: Any) -> None:
+        """Gives it the adapter before the first round."""
+        from client.exchange import Exchange, KnownStates
+
+        self.exchange = Exchange(self.site, self.config, adapter, KnownStates(2))
 
     def hello(self) -> dict[str, str]:
         from samaritan import __version__
@@ -263,9 +271,15 @@ class FakeSite:
             "samaritan": __version__,
             "config-sha256": config_sha256(self.config),
             "base-sha256": FAKE_BASE,
+            "adapter-sha256": self.exchange.beginning_sha256,
         } | self.changes
 
-    def train(self, adapter: Any, instruction: Any) -> Any:
+    def train(self, payload: Any, instruction: Any) -> Any:
+        adapter = self.exchange.receive(payload, instruction)
+        update, metrics = self.learn(adapter, instruction)
+        return self.exchange.send(update, {}, instruction)[0], metrics
+
+    def learn(self, adapter: Any, instruction: Any) -> Any:
         import torch
 
         self.asked.append(instruction.server_round)
@@ -275,14 +289,23 @@ class FakeSite:
         if answer is not None:
             return answer(adapter) if callable(answer) else answer
         update = {name: torch.full_like(value, self.add) for name, value in adapter.items()}
+        update["b"] *= 1 + 1e-6 * instruction.server_round  # no update comes twice
         loss = 1 / instruction.server_round
         return update, {
             "num-examples": self.examples, "train-loss": loss, "steps": 2, "seconds": 0.0
         }  # fmt: skip
 
-    def evaluate(self, adapter: Any, instruction: Any) -> Any:
+    def evaluate(self, payload: Any, instruction: Any) -> Any:
+        adapter = self.exchange.receive(payload, instruction)
         value = next(iter(adapter.values())).flatten()[0].item()
         return {"dice": min(1.0, abs(value) / 100), "num-cases": 2, "seconds": 0.0}
+
+
+def fake_adapter() -> Any:
+    """What fake sites train: two tensors of zeros."""
+    import torch
+
+    return {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 
 
 FAKE_BASE = "ba5e" * 16
@@ -296,15 +319,12 @@ def fake_site() -> type[FakeSite]:
 @pytest.fixture
 def fake_federation(tmp_path: Path) -> Callable[..., Any]:
     """A federation of fake sites: ``fake_federation(config, ["a", "b"], on_round=...)``."""
-    import torch
-
     from server.rounds import Federation
 
     def make(config: Any, sites: Any, folder: str = "run", **more: Any) -> Any:
-        initial = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
         run_dir = tmp_path / folder
         run_dir.mkdir(exist_ok=True)
-        return Federation(config, FAKE_BASE, initial, list(sites), run_dir, **more)
+        return Federation(config, FAKE_BASE, fake_adapter(), list(sites), run_dir, **more)
 
     return make
 

@@ -13,27 +13,47 @@ from flwr.app import ConfigRecord, Message
 
 from client.agent import SiteAgent
 from client.app import make_client_app
+from client.exchange import Exchange, KnownStates
+from client.memory import Memory
 from samaritan import __version__
-from samaritan.config import config_sha256, parse_config
+from samaritan.codecs import decode, encode
+from samaritan.config import CodecConfig, config_sha256, parse_config
 from samaritan.errors import DataError, FederationError, ModelError
-from samaritan.wire import Instruction, content, from_arrays, to_arrays
+from samaritan.models.bases import state_sha256
+from samaritan.wire import Instruction, content, payload_of
 from simulation.grid import InProcessGrid
 
 CONFIG = parse_config({"rounds": 3})
 PLANTED = "/secret/patient_007"
 
 
-def ask(agent, kind, arrays=None, instruction=None):
+def ask(agent, kind, payload=None, instruction=None):
     """The one answer of a courier whose agent this is."""
     grid = InProcessGrid(make_client_app(lambda context: agent), 1)
     record = instruction.record() if isinstance(instruction, Instruction) else instruction
-    message = Message(content(arrays, record), message_type=kind, dst_node_id=1000)
+    message = Message(content(payload, record), message_type=kind, dst_node_id=1000)
     (reply,) = grid.send_and_receive([message])
     return reply
 
 
-def instruction(**changes):
-    return replace(Instruction(1, 3, config_sha256(CONFIG), "b" * 64, 60.0), **changes)
+def instruction(state=None, **changes):
+    """Of round 1; about a state that is sent whole, or about the one before the first round."""
+    sha256 = state_sha256({"a": torch.zeros(3)} if state is None else state)
+    made = Instruction(1, 3, config_sha256(CONFIG), "b" * 64, 60.0, sha256)
+    return replace(made, **changes)
+
+
+def fake_instruction(server_round=1):
+    """For a fake site, which trains two tensors."""
+    return instruction(fake_adapter(), server_round=server_round)
+
+
+def fake_adapter():
+    return {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+
+
+def whole(state):
+    return encode(state, CodecConfig(), header={}, seed=0)
 
 
 class Model:
@@ -53,11 +73,18 @@ class Model:
         self.held = {k: v.clone() for k, v in adapter.items()}
 
 
-def agent():
-    return SiteAgent("a", CONFIG, Model(), None, ("case",), ())
+@pytest.fixture
+def agent(tmp_path):
+    def make(config=CONFIG):
+        beginning = {"a": torch.zeros(3)}
+        exchange = Exchange("a", config, beginning, KnownStates(2))
+        memory = Memory(tmp_path / "sites" / "a")
+        return SiteAgent("a", config, Model(), beginning, exchange, memory, None, ("case",), ())
+
+    return make
 
 
-ADAPTER = to_arrays({"a": torch.ones(3)})
+ONES = {"a": torch.ones(3)}
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
@@ -71,9 +98,9 @@ ADAPTER = to_arrays({"a": torch.ones(3)})
 )
 def test_of_an_exception_only_its_code_leaves_the_site(fake_site, caplog, kind, error, code):
     site = fake_site("a", CONFIG, instead={1: error})
-    site.evaluate = site.train
+    site.evaluate = site.train  # the courier treats both alike
     with caplog.at_level(logging.ERROR, "samaritan.site"):
-        reply = ask(site, kind, ADAPTER, instruction())
+        reply = ask(site, kind, None, fake_instruction())
     reason = reply.error.reason
     assert re.search(rf"{code} reference [0-9a-f]{{8}} in the site's log", reason)
     assert "secret" not in reason
@@ -95,20 +122,23 @@ def test_a_courier_without_an_agent_tells_nothing_of_why():
 
 
 def test_the_update_travels_and_not_the_adapter(fake_site):
-    reply = ask(fake_site("a", CONFIG, 0.25), "train", ADAPTER, instruction())
-    update = from_arrays(reply.content.array_records["arrays"])
-    assert torch.equal(update["a"], torch.full((3,), 0.25))
-    assert set(reply.content.array_records) == {"arrays"}
+    five = {name: value + 5 for name, value in fake_adapter().items()}
+    reply = ask(fake_site("a", CONFIG, 0.25), "train", whole(five), instruction(five))
+    shapes = {name: tuple(value.shape) for name, value in five.items()}
+    update, header = decode(payload_of(reply), shapes)
+    assert torch.equal(update["a"], torch.full((2, 3), 0.25))
+    assert header == {"round": "1", "state": state_sha256(five)}
     assert set(reply.content.config_records) == set()
 
 
-def test_the_roll_call_names_site_version_configuration_and_base():
+def test_the_roll_call_names_site_version_configuration_base_and_adapter(agent):
     reply = ask(agent(), "query")
     assert dict(reply.content.config_records["config"]) == {
         "site": "a",
         "samaritan": __version__,
         "config-sha256": config_sha256(CONFIG),
         "base-sha256": "b" * 64,
+        "adapter-sha256": state_sha256({"a": torch.zeros(3)}),
     }
 
 
@@ -122,43 +152,158 @@ def test_the_roll_call_names_site_version_configuration_and_base():
         ({"server_round": 4}, "SAM-F202"),
     ],
 )
-def test_an_instruction_that_was_not_agreed_to_is_refused(changes, code):
+def test_an_instruction_that_was_not_agreed_to_is_refused(agent, changes, code):
     made = agent()
     for task in (made.train, made.evaluate):
         with pytest.raises(FederationError) as caught:
-            task({"a": torch.ones(3)}, instruction(**changes))
+            task(whole(ONES), instruction(ONES, **changes))
         assert caught.value.code == code
     assert made.model.held["a"].sum() == 0
-    assert code in ask(made, "train", ADAPTER, instruction(**changes)).error.reason
+    assert code in ask(made, "train", whole(ONES), instruction(ONES, **changes)).error.reason
 
 
-def test_an_adapter_of_other_names_is_refused_before_training():
-    reply = ask(agent(), "train", to_arrays({"b": torch.ones(3)}), instruction())
-    assert "SAM-M302" in reply.error.reason
-    assert "secret" not in reply.error.reason
+BAD_PAYLOADS = {
+    "other names": (lambda: whole({PLANTED: torch.ones(3)}), "SAM-F204"),
+    "other shapes": (lambda: whole({"a": torch.ones(4)}), "SAM-F204"),
+    "cut short": (lambda: whole(ONES)[:-1], "SAM-F204"),
+    "nothing": (lambda: b"", "SAM-F204"),
+    "another state": (lambda: whole({"a": torch.full((3,), 2.0)}), "SAM-F203"),
+}
 
 
-def test_an_instruction_with_fields_missing_is_an_error_and_no_crash():
-    reply = ask(agent(), "train", ADAPTER, ConfigRecord({"server-round": 1}))
+@pytest.mark.parametrize("case", BAD_PAYLOADS)
+def test_a_payload_that_is_not_the_named_state_is_refused_before_training(agent, case):
+    make, code = BAD_PAYLOADS[case]
+    made = agent()
+    reason = ask(made, "train", make(), instruction(ONES)).error.reason
+    assert code in reason
+    assert "secret" not in reason
+    assert made.model.held["a"].sum() == 0
+
+
+def test_a_state_the_site_has_never_seen_is_asked_for_by_its_code(agent):
+    for payload, names in ((None, {}), (whole(ONES), {"reference_sha256": "f" * 64})):
+        reply = ask(agent(), "train", payload, instruction(ONES, **names))
+        assert "SAM-F203" in reply.error.reason
+
+
+def test_an_instruction_with_fields_missing_is_an_error_and_no_crash(agent):
+    reply = ask(agent(), "train", whole(ONES), ConfigRecord({"server-round": 1}))
     assert "SAM-F299" in reply.error.reason
 
 
-def test_the_agent_sends_trained_minus_received(monkeypatch):
-    made = agent()
+@pytest.fixture
+def training(monkeypatch):
+    """Training that adds 1, 2, 3 to the tensor of `Model`; what it was called with."""
+    seen: dict[str, object] = {}
 
-    def train(model, *arguments, seed, timeout_s, **keys):
-        seen.update(seed=seed, timeout_s=timeout_s)
+    def train(model, *arguments, **keys):
+        seen.update(keys)
         model.held["a"] += torch.tensor([1.0, 2.0, 3.0])
-        return SimpleNamespace(loss=0.5, steps=4, seconds=0.1)
+        return SimpleNamespace(loss=0.5, steps=4, seconds=0.1, mean_gradient=None)
 
-    seen: dict[str, float] = {}
     monkeypatch.setattr("client.agent.train_locally", train)
-    update, metrics = made.train({"a": torch.full((3,), 10.0)}, instruction(timeout_s=1e9))
+    return seen
+
+
+def test_the_agent_sends_trained_minus_received(agent, training):
+    made, tens = agent(), {"a": torch.full((3,), 10.0)}
+    payload, metrics = made.train(whole(tens), instruction(tens, timeout_s=1e9))
+    update, _ = decode(payload, {"a": (3,)})
     assert update["a"].tolist() == [1.0, 2.0, 3.0]
     assert metrics["num-examples"] == 1
     assert metrics["steps"] == 4
     # The server cannot make a site train for longer than the site agreed to.
-    assert seen["timeout_s"] == CONFIG.federation.round_timeout_s
-    first = seen["seed"]
-    made.train({"a": torch.zeros(3)}, instruction(server_round=2))
-    assert seen["seed"] != first
+    assert training["timeout_s"] == CONFIG.federation.round_timeout_s
+    first = training["seed"]
+    made.train(None, instruction(tens, server_round=2))
+    assert training["seed"] != first
+
+
+def test_a_state_that_came_before_needs_no_payload_and_can_be_added_to(agent, training):
+    made, tens = agent(), {"a": torch.full((3,), 10.0)}
+    made.train(whole(tens), instruction(tens))
+    made.train(None, instruction(tens))
+    assert made.model.held["a"].tolist() == [11.0, 12.0, 13.0]
+    elevens = {"a": torch.full((3,), 11.0)}
+    change = whole({"a": torch.ones(3)})
+    made.train(change, instruction(elevens, reference_sha256=state_sha256(tens)))
+    assert made.model.held["a"].tolist() == [12.0, 13.0, 14.0]
+
+
+def test_what_a_codec_leaves_out_is_sent_the_next_time(agent, training):
+    config = parse_config({"rounds": 3, "wire": {"up": {"top_k": 0.3}}})
+    made, sums = agent(config), torch.zeros(3)
+    for number in (1, 2, 3):
+        asked = instruction(config_sha256=config_sha256(config), server_round=number)
+        payload, _ = made.train(None, asked)
+        update, _ = decode(payload, {"a": (3,)})
+        assert update["a"].count_nonzero() == 1
+        sums += update["a"]
+    assert sums.tolist() == [0.0, 4.0, 9.0]  # of 3, 6 and 9: what was left of 2 came in round 2
+
+
+def test_a_round_asked_for_again_begins_from_the_same_notes(agent, training):
+    config = parse_config({"rounds": 3, "wire": {"up": {"top_k": 0.3}}})
+    made, sha256 = agent(config), config_sha256(config)
+    made.train(None, instruction(config_sha256=sha256))
+    second = [
+        made.train(None, instruction(config_sha256=sha256, server_round=2))[0] for _ in range(2)
+    ]
+    assert second[0] == second[1]
+
+
+def test_personal_tensors_stay_and_go_on(agent, training):
+    config = parse_config({"rounds": 3, "personal": {"parts": ["decoder"]}})
+    made, sha256 = agent(config), config_sha256(config)
+    empty = replace(made, exchange=replace(made.exchange, beginning={}))
+    for number in (1, 2):
+        asked = instruction({}, config_sha256=sha256, server_round=number)
+        payload, _ = empty.train(None, asked)
+        assert decode(payload, {})[0] == {}
+    assert made.model.held["a"].tolist() == [2.0, 4.0, 6.0]
+
+
+# What a site remembers.
+
+
+def notes(value):
+    return {"personal": {"a": torch.full((2,), float(value))}, "left_out": {"b": torch.ones(1)}}
+
+
+def test_notes_come_back_by_round(tmp_path):
+    memory = Memory(tmp_path / "site")
+    assert memory.recall(before=1) == {}
+    for number in (1, 2, 3):
+        memory.remember(number, notes(number))
+    assert memory.recall(before=9)["personal"]["a"].tolist() == [3.0, 3.0]
+    assert memory.recall(before=3)["personal"]["a"].tolist() == [2.0, 2.0]
+    assert memory.recall(before=3)["left_out"]["b"].tolist() == [1.0]
+    assert memory.recall(before=2) == {}  # the last two are kept
+    assert len(list(memory.folder.iterdir())) == 2
+
+
+def test_a_round_the_server_lost_is_forgotten_when_it_is_done_again(tmp_path):
+    memory = Memory(tmp_path)
+    for number in (4, 5, 6):
+        memory.remember(number, notes(number))
+    memory.remember(5, notes(50))
+    assert memory.recall(before=7)["personal"]["a"].tolist() == [50.0, 50.0]
+    assert [p.name for p in memory.folder.iterdir()] == ["round_00005.safetensors"]
+
+
+def test_all_notes_are_kept_where_a_former_round_may_be_chosen(tmp_path):
+    memory = Memory(tmp_path, keep_all=True)
+    for number in range(1, 6):
+        memory.remember(number, notes(number))
+    assert memory.recall(before=2)["personal"]["a"].tolist() == [1.0, 1.0]
+
+
+def test_damaged_notes_are_passed_over_and_said(tmp_path, caplog):
+    memory = Memory(tmp_path)
+    memory.remember(1, notes(1))
+    memory.remember(2, notes(2))
+    (tmp_path / "round_00002.safetensors").write_bytes(b"torn")
+    with caplog.at_level(logging.WARNING, "samaritan.site"):
+        assert memory.recall(before=3)["personal"]["a"].tolist() == [1.0, 1.0]
+    assert "damaged" in caplog.text

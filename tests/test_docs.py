@@ -143,7 +143,8 @@ def test_every_configuration_opens_with_its_command() -> None:
     assert CONFIGS
     for path in CONFIGS:
         first = path.read_text("utf-8").partition("\n")[0]
-        assert first.startswith(f"# samaritan simulate {relative(path)}"), path.name
+        command = "compare" if "\nvariants:" in path.read_text("utf-8") else "simulate"
+        assert first.startswith(f"# samaritan {command} {relative(path)}"), path.name
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,12 @@ from simulation.grid import InProcessGrid
 PLANTED = "/secret/patient_007"
 
 
+QUICK = {"wait_s": 0.3, "retries": 0, "quarantine_rounds": 0}
+
+
 def config_of(**keys):
-    tree = {"rounds": 3, "federation": {"wait_s": 0.3}, "data": {"source": "phantoms"}}
-    return parse_config(tree | keys)
+    keys["federation"] = QUICK | keys.get("federation", {})
+    return parse_config({"rounds": 3, "data": {"source": "phantoms"}} | keys)
 
 
 CONFIG = config_of()
@@ -81,7 +84,8 @@ def test_the_server_reports_each_round_as_summary_and_events_hold_it(fake_site, 
     assert told == state.history
     assert [{k: e[k] for k in state.history[0]} for e in finished] == state.history
     kinds = [event["event"] for event in events(federation)]
-    assert kinds == ["run_started", "roll_call", *["round_finished"] * 3, "run_finished"]
+    each = ["round_started", "round_finished"]
+    assert kinds == ["run_started", "roll_call", *each * 3, "run_finished"]
 
 
 @pytest.mark.parametrize("every", [2, 5])
@@ -122,11 +126,11 @@ FAULTS = {
     "system exit": (OSError(2, "no such file", PLANTED), "failed: SAM-F299"),
     "unknown tensor": (
         lambda a: (a | {PLANTED: torch.ones(1)}, {"num-examples": 1, "train-loss": 0.1}),
-        "refused: 1 unknown tensors",
+        "refused: the message is about tensors of other names or shapes",
     ),
     "not finite": (
         lambda a: (filled(float("nan")), {"num-examples": 1, "train-loss": 0.1}),
-        "refused: a is not finite",
+        "failed: SAM-F205",
     ),
     "made-up metric": (
         lambda a: (a, {"num-examples": 0, "train-loss": 0.1, PLANTED: 1.0}),
@@ -171,9 +175,8 @@ def test_too_few_usable_answers_end_the_run_and_keep_the_rounds_before(fake_site
     assert kept.server_round == 2
     assert same(kept.adapter, 2.0)
     assert b"secret" not in written(federation.run_dir)
-    assert events(federation)[-1] | {"time": ""} == {
-        "time": "", "event": "run_failed", "code": "SAM-F102"
-    }  # fmt: skip
+    last = events(federation)[-1]
+    assert (last["event"], last["code"], last["rounds_done"]) == ("run_paused", "SAM-F102", 2)
 
 
 def test_after_a_lost_quorum_the_run_goes_on_where_it_stopped(fake_site, fake_federation):
@@ -470,6 +473,17 @@ class Stop(Exception):
     pass
 
 
+def judged(state):
+    """The history without times, and without bytes: after a stop sites are sent the whole state."""
+    rest = [{k: v for k, v in entry.items() if "seconds" not in k} for entry in state.history]
+    for entry in rest:
+        entry["sites"] = {
+            name: {k: v for k, v in site.items() if k not in ("seconds", "bytes_down")}
+            for name, site in entry["sites"].items()
+        }
+    return rest
+
+
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(fake_site, fake_federation, after):
     def sites():
@@ -486,8 +500,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(fake_site, fake
     resumed = run_in_process(fake_federation(CONFIG, ["a", "b"], "stopped"), agents)
     assert agents[0].asked == list(range(after + 1, 4))
     assert all(torch.equal(straight.adapter[n], resumed.adapter[n]) for n in "ab")
-    untimed = [[entry | {"seconds": 0} for entry in state.history] for state in (straight, resumed)]
-    assert untimed[0] == untimed[1]
+    assert judged(straight) == judged(resumed)
 
 
 def test_a_finished_run_is_not_trained_again(fake_site, fake_federation):

@@ -18,10 +18,12 @@ import yaml
 from flwr.app import Message
 from safetensors.torch import load_file
 
+from client.exchange import update_header
+from samaritan.codecs import encode
 from samaritan.config import config_sha256, load_config
 from samaritan.data.phantoms import write_phantoms
 from samaritan.errors import DataError, StorageError
-from samaritan.wire import Instruction, content, message_bytes, to_arrays
+from samaritan.wire import Instruction, content, message_bytes
 from simulation.grid import InProcessGrid
 from simulation.run import Watch, simulate
 from simulation.study import read_study
@@ -29,7 +31,9 @@ from simulation.study import read_study
 ROOT = Path(__file__).parents[1]
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 TIMES = {
-    "seconds", "wall_seconds", "federated_seconds", "peak_rss_bytes", "overhead_seconds_per_round"
+    "seconds", "wall_seconds", "federated_seconds", "peak_rss_bytes", "overhead_seconds_per_round",
+    "aggregation_seconds",
+    "bytes_down",  # after a stop a site is sent the whole state again
 }  # fmt: skip
 
 
@@ -115,16 +119,16 @@ def test_the_last_round_and_the_final_scores_agree(finished_run):
 def test_bytes_are_those_of_the_serialised_messages(finished_run, small_config):
     folder, _ = finished_run
     summary, config = summary_of(folder), load_config(small_config)
-    adapter = to_arrays(
-        {
-            name.removeprefix("base_model.model."): tensor
-            for name, tensor in load_file(folder / ADAPTER).items()
-        }
-    )
+    adapter = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(folder / ADAPTER).items()
+    }
+    whole = encode(adapter, config.wire.down, header={}, seed=0)
+    update = encode(adapter, config.wire.up, header=update_header(1, "f" * 64), seed=0)
     InProcessGrid(None, 0)  # sets who this process is; Flower makes no Message before
     order = Instruction(
         1, config.rounds, config_sha256(config), summary["base"]["sha256"],
-        config.federation.round_timeout_s,
+        config.federation.round_timeout_s, "f" * 64,
     )  # fmt: skip
 
     def size(*parts, **metrics):
@@ -132,9 +136,10 @@ def test_bytes_are_those_of_the_serialised_messages(finished_run, small_config):
         return message_bytes(Message(records, 1, "train"))
 
     names = ("num-examples", "train-loss", "steps", "seconds")
-    up = size(adapter, None, **dict(zip(names, (1, 0.5, 1, 0.1), strict=True)))
+    up = size(update, None, **dict(zip(names, (1, 0.5, 1, 0.1), strict=True)))
     up += size(None, None, **{"num-cases": 1, "seconds": 0.1, "dice": 0.5})
-    down = 2 * size(adapter, order.record())
+    # A site is scored on the whole state, and trains from what it was scored on.
+    down = size(whole, order.record()) + size(None, order.record())
     for entry in summary["rounds"]:
         for site in entry["sites"].values():
             assert (site["bytes_up"], site["bytes_down"]) == (up, down)
@@ -145,7 +150,8 @@ def test_bytes_are_those_of_the_serialised_messages(finished_run, small_config):
 def test_events_are_one_object_per_line_in_order(finished_run):
     kinds = [event["event"] for event in events_of(finished_run[0])]
     assert kinds == [
-        "run_started", "roll_call", *["round_finished"] * 3, "run_finished", "summary_written"
+        "run_started", "roll_call", *["round_started", "round_finished"] * 3, "run_finished",
+        "summary_written",
     ]  # fmt: skip
 
 

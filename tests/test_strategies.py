@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from samaritan.config import Config
-from samaritan.errors import ConfigError, FederationError
-from samaritan.wire import Instruction, content, to_arrays
+from samaritan.codecs import encode
+from samaritan.config import CodecConfig, Config
+from samaritan.errors import ConfigError
+from samaritan.models.bases import state_sha256
+from samaritan.wire import content
 from simulation.grid import InProcessGrid
 from strategies.fedavg import fedavg
-from strategies.replies import read_evaluate_reply, read_train_reply
+from strategies.replies import Expected, read_evaluate_reply, read_train_reply
 from strategies.rules import RULES, get_rule
-from strategies.site_strategy import RoundPolicy, SiteStrategy, default_quorum
 from strategies.update import Situation, Update
 
 InProcessGrid(ClientApp(), 0)  # sets who this process is; Flower makes no Message before
@@ -110,6 +112,9 @@ def test_an_unknown_rule_lists_the_rules():
 
 # Replies.
 
+EXPECTED = Expected(3, "5" * 64, SHAPES, CodecConfig())
+HEADER = {"round": "3", "state": "5" * 64}
+
 
 def reply(records=None, error=None):
     question = Message(content(), message_type="train", dst_node_id=5)
@@ -119,10 +124,22 @@ def reply(records=None, error=None):
     return Message(records, reply_to=question)
 
 
-def train_reply(update=None, metrics=None):
-    update = ones() if update is None else update
-    arrays = update if isinstance(update, ArrayRecord) else to_arrays(update)
-    return reply(content(arrays, metrics=METRICS | (metrics or {})))
+def payload(update, header=HEADER):
+    return encode(update, CodecConfig(), header=header, seed=0)
+
+
+def raw(update, header=HEADER):
+    """A payload that `encode` would not write."""
+    at = {n: t.clone() for n, t in update.items()}
+    data = bytearray(payload({n: torch.zeros_like(t) for n, t in at.items()}, header))
+    numbers = torch.cat([at[name].flatten() for name in sorted(at)])
+    data[-4 * len(numbers) :] = numbers.numpy().tobytes()
+    return bytes(data)
+
+
+def train_reply(update=None, metrics=None, header=HEADER):
+    data = update if isinstance(update, bytes) else payload(update or ones(), header)
+    return reply(content(data, metrics=METRICS | (metrics or {})))
 
 
 def without(name):
@@ -143,27 +160,43 @@ def junk():
 
 
 def listed_metrics():
-    records = content(to_arrays(ones()))
+    records = content(payload(ones()))
     records["metrics"] = MetricRecord({"num-examples": [1, 2], "train-loss": 0.5})
     return records
 
 
+OTHER = "refused: the message is about tensors of other names or shapes"
 BAD_ANSWERS = {
     "error": (reply(error=Error(code=2, reason=f"<ValueError>:<'{PLANTED}'>")), "failed: error 2"),
     "coded error": (reply(error=Error(code=2, reason="x SAM-T102 y")), "failed: SAM-T102"),
     "error without text": (reply(error=Error(code=3)), "failed: error 3"),
-    "no arrays": (reply(content(metrics=METRICS)), "unreadable"),
-    "no metrics": (reply(content(to_arrays(ones()))), "unreadable"),
-    "nothing": (reply(RecordDict()), "unreadable"),
-    "junk": (reply(junk()), "unreadable"),
+    "no update": (reply(content(metrics=METRICS)), "refused: no update"),
+    "no metrics": (reply(content(payload(ones()))), "unreadable"),
+    "nothing": (reply(RecordDict()), "refused: no update"),
+    "junk": (reply(junk()), "refused: no update"),
     "metrics in lists": (reply(listed_metrics()), "unreadable"),
-    "float64": (train_reply(ArrayRecord({"a": Array(np.zeros((2, 3)))})), "unreadable"),
-    "missing tensor": (train_reply(without("a")), "missing a"),
-    "extra tensor": (train_reply(ones() | {PLANTED: torch.ones(1)}), "1 unknown tensors"),
-    "renamed tensor": (train_reply(without("a") | {"A": torch.ones(2, 3)}), "1 unknown tensors"),
-    "wrong shape": (train_reply(ones() | {"a": torch.ones(3, 2)}), "a is (3, 2) instead of (2, 3)"),
-    "NaN": (train_reply(with_value(math.nan)), "a is not finite"),
-    "infinite": (train_reply(with_value(math.inf)), "a is not finite"),
+    "flower's arrays": (
+        reply(RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros((2, 3)))})})),
+        "unreadable",
+    ),
+    "no file": (train_reply(PLANTED.encode()), "refused: the message is"),
+    "missing tensor": (train_reply(without("a")), OTHER),
+    "extra tensor": (train_reply(ones() | {PLANTED: torch.ones(1)}), OTHER),
+    "renamed tensor": (train_reply(without("a") | {"A": torch.ones(2, 3)}), OTHER),
+    "wrong shape": (train_reply(ones() | {"a": torch.ones(3, 2)}), OTHER),
+    "NaN": (train_reply(raw(with_value(math.nan))), "refused: a is not finite"),
+    "infinite": (train_reply(raw(with_value(-math.inf))), "refused: a is not finite"),
+    "1e30": (train_reply(with_value(-1e30)), "refused: a moves by 1e+30"),
+    "another adapter": (
+        train_reply(header=HEADER | {"state": "6" * 64}),
+        "refused: trained from another adapter",
+    ),
+    "another codec": (
+        train_reply(encode(ones(), CodecConfig(numbers="int8"), header=HEADER, seed=0)),
+        "refused: the codec of the message is not the one agreed on",
+    ),
+    "last round's": (train_reply(header=HEADER | {"round": "2"}), "late: an update of another"),
+    "no header": (train_reply(header={}), "late: an update of another"),
     "no examples": (train_reply(metrics={"num-examples": 0}), "num-examples is 0"),
     "negative examples": (train_reply(metrics={"num-examples": -3}), "num-examples is -3"),
     "NaN examples": (train_reply(metrics={"num-examples": math.nan}), "num-examples is nan"),
@@ -172,7 +205,7 @@ BAD_ANSWERS = {
     "infinite seconds": (train_reply(metrics={"seconds": math.inf}), "seconds is inf"),
     "negative steps": (train_reply(metrics={"steps": -1}), "steps is -1"),
     "missing loss": (
-        reply(content(to_arrays(ones()), metrics={"num-examples": 1})),
+        reply(content(payload(ones()), metrics={"num-examples": 1})),
         "train-loss is missing",
     ),
 }
@@ -181,17 +214,16 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize("case", BAD_ANSWERS)
 def test_a_bad_answer_gets_a_status_and_no_update(case):
     message, expected = BAD_ANSWERS[case]
-    noted, update = read_train_reply(message, SHAPES)
+    noted, update = read_train_reply(message, EXPECTED)
     assert update is None
     assert not noted.ok
     assert expected in noted.status
-    assert noted.node_id == 5
     assert noted.metrics == {}
 
 
 @pytest.mark.parametrize("case", BAD_ANSWERS)
 def test_nothing_a_site_words_itself_is_in_a_status(case):
-    noted, _ = read_train_reply(BAD_ANSWERS[case][0], SHAPES)
+    noted, _ = read_train_reply(BAD_ANSWERS[case][0], EXPECTED)
     assert "secret" not in noted.status
     assert "patient" not in noted.status
     assert len(noted.status) < 100
@@ -199,11 +231,19 @@ def test_nothing_a_site_words_itself_is_in_a_status(case):
 
 def test_a_good_answer_keeps_its_update_and_only_known_metrics():
     message = train_reply(random_update(1), {PLANTED: 1.0})
-    noted, update = read_train_reply(message, SHAPES)
+    noted, update = read_train_reply(message, EXPECTED)
     assert noted.ok
     assert set(noted.metrics) == set(METRICS)
     assert all(torch.equal(update[n], random_update(1)[n]) for n in SHAPES)
     assert noted.size_bytes > 0
+    assert noted.update_sha256 == state_sha256(random_update(1))
+
+
+def test_a_sites_former_update_in_a_new_envelope_is_refused():
+    former = replace(EXPECTED, former_sha256=state_sha256(random_update(1)))
+    noted, update = read_train_reply(train_reply(random_update(1)), former)
+    assert (noted.status, update) == ("refused: the site's former update again", None)
+    assert read_train_reply(train_reply(random_update(2)), former)[0].ok
 
 
 @pytest.mark.parametrize(
@@ -228,102 +268,3 @@ def test_a_site_without_validation_cases_has_no_score_and_is_fine():
     noted = read_evaluate_reply(reply(content(metrics={"num-cases": 0, "seconds": 0.1})))
     assert noted.ok
     assert "dice" not in noted.metrics
-
-
-# One round of the strategy.
-
-
-class Nodes:
-    """A Grid of which only the list of nodes is used."""
-
-    def __init__(self, *nodes):
-        self.nodes = nodes
-
-    def get_node_ids(self):
-        return self.nodes
-
-
-def strategy(on_round=lambda outcome: None, min_sites=2, wait_s=0.3, example_weights=True):
-    policy = RoundPolicy(min_sites, wait_s, example_weights, evaluate_every=1)
-    return SiteStrategy(
-        {5: "five", 6: "six", 7: "seven"},
-        (),
-        fedavg,
-        Config(),
-        policy,
-        Instruction(0, 3, "c", "b", 10.0),
-        ones(0.0),
-        1,
-        on_round,
-    )
-
-
-def asked(made, grid):
-    return list(made.configure_train(1, to_arrays(ones(0.0)), ConfigRecord(), grid))
-
-
-def answer(question, update=None, metrics=None):
-    question.metadata.__dict__.update(_message_id="m", _run_id=1, _src_node_id=1)
-    update = ones() if update is None else update
-    return Message(content(to_arrays(update), metrics=METRICS | (metrics or {})), reply_to=question)
-
-
-def test_nodes_that_are_not_approved_are_never_asked():
-    messages = asked(strategy(), Nodes(5, 6, 7, 8, 9))
-    assert [m.metadata.dst_node_id for m in messages] == [5, 6, 7]
-
-
-def test_too_few_nodes_end_the_wait_with_a_clear_error():
-    with pytest.raises(FederationError, match="1 sites are online") as caught:
-        asked(strategy(), Nodes(5, 8, 9))
-    assert caught.value.code == "SAM-F101"
-
-
-@pytest.mark.parametrize(("by_examples", "expected"), [(True, 2.5), (False, 2.0)])
-def test_answers_weigh_by_examples_or_equally(by_examples, expected):
-    made = strategy(example_weights=by_examples)
-    first, second, _ = asked(made, Nodes(5, 6, 7))
-    made.aggregate_train(
-        1,
-        [
-            answer(first, ones(1.0), {"num-examples": 1}),
-            answer(second, ones(3.0), {"num-examples": 3}),
-        ],
-    )
-    assert torch.allclose(made.adapter["b"], torch.full((4,), expected))
-
-
-def test_an_answer_given_twice_counts_once():
-    made = strategy()
-    first, second, _ = asked(made, Nodes(5, 6, 7))
-    loud = answer(first, ones(10.0))
-    made.aggregate_train(1, [loud, loud, loud, answer(second, ones(0.0))])
-    assert torch.allclose(made.adapter["a"], torch.full((2, 3), 5.0))
-
-
-def test_answers_of_strangers_count_neither_in_training_nor_in_scores():
-    outcomes = []
-    made = strategy(outcomes.append)
-    first, second, _ = asked(made, Nodes(5, 6, 7))
-    stranger = Message(content(), message_type="train", dst_node_id=99)
-    score = {"dice": 1.0, "num-cases": 1}
-    made.aggregate_train(1, [answer(first), answer(second), answer(stranger, ones(100.0))])
-    made.aggregate_evaluate(1, [answer(first, metrics=score), answer(stranger, metrics=score)])
-    assert torch.equal(made.adapter["a"], torch.ones(2, 3))
-    assert [r.node_id for r in outcomes[0].evaluate] == [5]
-
-
-def test_too_few_usable_answers_end_the_run_and_name_each_site():
-    made = strategy()
-    first, second, _ = asked(made, Nodes(5, 6, 7))
-    with pytest.raises(FederationError) as caught:
-        made.aggregate_train(1, [answer(first), answer(second, with_value(math.nan))])
-    assert caught.value.code == "SAM-F102"
-    assert "1 usable answers, 2 needed" in caught.value.message
-    assert "six refused: a is not finite" in caught.value.message
-    assert "seven failed: no answer in time" in caught.value.message
-
-
-@pytest.mark.parametrize(("sites", "quorum"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
-def test_the_default_quorum_is_more_than_half(sites, quorum):
-    assert default_quorum(sites) == quorum

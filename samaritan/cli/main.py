@@ -8,7 +8,7 @@ import os
 import typer
 
 from samaritan import __version__
-from samaritan.cli import data, doctor, evaluate, models, predict, simulate
+from samaritan.cli import compare, data, doctor, evaluate, models, predict, simulate
 from samaritan.cli.console import fail, say
 from samaritan.errors import SamaritanError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Hospitals fine-tune the Segment Anything Model together without sharing an image.",
 )
 app.command()(simulate.simulate)
+app.command()(compare.compare)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(doctor.doctor)

@@ -39,15 +39,11 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine."""
     from samaritan.config import load_config
-    from samaritan.errors import ConfigError
     from simulation.run import Watch
     from simulation.run import simulate as run
 
     settings = load_config(config, overrides or [])
-    if resume and out is None:
-        raise ConfigError("SAM-C305", "--resume needs --out", "Name the run folder to go on with.")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = out or Path("runs") / f"{settings.name}-{stamp}"
+    run_dir = run_folder(out, settings.name, resume)
     progress = Progress()
     try:
         watch = Watch(
@@ -74,6 +70,19 @@ def simulate(
         return
     typer.echo(_result_line(summary))
     typer.echo(f"report: {run_dir / 'report.html'}")
+
+
+def run_folder(out: Path | None, name: str, resume: bool) -> Path:
+    """Where a run goes: `out`, or a new folder of its own in runs/.
+
+    Raises:
+        ConfigError: When there is nothing to tell which run to resume.
+    """
+    from samaritan.errors import ConfigError
+
+    if resume and out is None:
+        raise ConfigError("SAM-C305", "--resume needs --out", "Name the run folder to go on with.")
+    return out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _round_line(entry: dict[str, Any], rounds: int) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,12 +69,17 @@ class _Print:
     spacing_mm: tuple[float, float, float]
 
 
-def check_dataset(dataset: Dataset | Path | str, progress: Progress | None = None) -> list[Finding]:
+def check_dataset(
+    dataset: Dataset | Path | str,
+    progress: Progress | None = None,
+    site_classes: Mapping[str, dict[str, int]] | None = None,
+) -> list[Finding]:
     """Look for every fault in a dataset.
 
     Args:
         dataset: A folder, or a dataset already read.
         progress: Told after each case.
+        site_classes: Label maps of sites that do not use the dataset's own.
 
     Returns:
         The findings, errors first; empty when all is well.
@@ -90,7 +95,8 @@ def check_dataset(dataset: Dataset | Path | str, progress: Progress | None = Non
     for number, case in enumerate(dataset.cases, start=1):
         image, found = _check_image_file(case)
         grid = image.native if image else None
-        findings += found + _check_label_file(case, grid, dataset.classes)
+        classes = (site_classes or {}).get(case.site, dataset.classes)
+        findings += found + _check_label_file(case, grid, classes)
         prints += [_Print(case, _digest(image.array), image.spacing_mm)] if image else []
         if progress is not None:
             progress(number, len(dataset.cases), case.case_id)
@@ -226,7 +232,8 @@ def _check_label(case: Case, label: Volume, classes: dict[str, int] | None) -> l
             case.case_id,
             f"case {case.case_id}: label has the values {_some(unknown)}, which are not declared "
             f"({declared or 'no class is'})",
-            "Declare them under 'labels' in dataset.json, or map them to declared classes.",
+            "Declare them under 'labels' in dataset.json (in a study: in data.classes or "
+            "data.site_classes), or map them to declared classes.",
         )
     ]
 

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from samaritan.config import DataConfig
 from samaritan.data.datasets import Case
+from samaritan.data.label_maps import label_map, labelled_classes
 from samaritan.data.transforms import SliceGrid, normalise_intensity, slice_grid, to_stack
 from samaritan.data.volume import NativeGrid, read_image, read_label
-from samaritan.errors import DataError
+from samaritan.errors import ConfigError, DataError
 
 _BYTES_PER_PIXEL = 3  # float16 image and uint8 label
 
@@ -64,7 +65,7 @@ class PreparedCase:
 def prepare_case(
     case: Case, data: DataConfig, classes: Mapping[str, int], image_size: tuple[int, int]
 ) -> PreparedCase:
-    """Reads a case and puts it on the model grid.
+    """Reads a case and puts it on the model grid; its site decides what label values mean.
 
     Raises:
         DataError: When the image or label cannot be used, or a label value belongs to no class.
@@ -77,28 +78,40 @@ def prepare_case(
     label, foreground = None, torch.zeros(0, dtype=torch.long)
     if case.label is not None:
         values = read_label(case.label, case.case_id, volume.native).array
-        indices = class_indices(values, classes, case.case_id)
+        own = label_map(data, case.site, classes)
+        indices = class_indices(values, classes, case.case_id, own)
         label = to_stack(indices, grid, "label")
         foreground = label.flatten(1).any(1).nonzero().flatten()
     return PreparedCase(case, image, label, foreground, grid, volume.native)
 
 
 def class_indices(
-    values: np.ndarray, classes: Mapping[str, int], case_id: str
-) -> np.ndarray:  # fmt: skip
+    values: np.ndarray,
+    classes: Mapping[str, int],
+    case_id: str,
+    own: Mapping[str, int] | None = None,
+) -> np.ndarray:
     """Label values to class indices 1, 2, ... in the order of `classes`; 0 stays background.
+
+    Args:
+        values: Of any shape.
+        classes: The study's structures and label values.
+        case_id: For the error.
+        own: Structure name -> label value in this file; `classes` when left out.
 
     Raises:
         DataError: For a value that belongs to no class.
     """
-    table = {0: 0} | {value: index for index, value in enumerate(classes.values(), 1)}
+    own = classes if own is None else own
+    table = {0: 0} | {own[name]: index for index, name in enumerate(classes, 1) if name in own}
     found = np.unique(values).tolist()
     unknown = [value for value in found if value not in table]
     if unknown:
         raise DataError(
             "SAM-D114",
-            f"case {case_id}: the label holds {unknown[:5]}, the classes are {dict(classes)}",
-            "Name every structure in data.classes, or clear the values that are none.",
+            f"case {case_id}: the label holds {unknown[:5]}, the classes are {dict(own)}",
+            "Name every structure in data.classes and, where the site has a label map of its own, "
+            "in data.site_classes; or clear the values that are none.",
         )
     lookup = np.zeros(max(table) + 1, dtype=np.uint8)
     lookup[list(table)] = list(table.values())
@@ -128,6 +141,25 @@ class CaseCache:
         while self._bytes > self.budget_bytes and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].size_bytes
         return prepared
+
+    def labelled(self, case: Case) -> frozenset[int]:
+        """Class indices that the case's site labels."""
+        return labelled_classes(self.data, case.site, self.classes)
+
+    def unlabelled(self, cases: Sequence[Case]) -> frozenset[int]:
+        """Class indices that none of these cases, which must be alike in that, is labelled with.
+
+        Raises:
+            ConfigError: When their sites label different structures.
+        """
+        kinds = {self.labelled(case) for case in cases}
+        if len(kinds) > 1:
+            raise ConfigError(
+                "SAM-C225",
+                "sites that label different structures cannot be trained on as one",
+                "Leave --baselines out: the pooled model and the U-Net need equal label sets.",
+            )
+        return frozenset(range(1, len(self.classes) + 1)).difference(*kinds)
 
     def group_size(self, cases: Sequence[Case]) -> int:
         """How many of these cases fit in memory together, judged by the first."""

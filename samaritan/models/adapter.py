@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn import functional as F
 
 from samaritan.config import Config, parse_config
 from samaritan.errors import ConfigError, ModelError
 from samaritan.files import write_atomically
 from samaritan.models.adapt import adapt
 from samaritan.models.bases import BuiltBase, build_base, get_base, require_multiple
+from samaritan.models.combinations import check_folding, check_products, check_ranks
 from samaritan.models.family import belongs
+from samaritan.models.folded import Folded, folded_layers
 from samaritan.models.inserts import Factors
-from samaritan.models.lora import official_name
+from samaritan.models.lora import lora_pairs, official_name
 from samaritan.models.presets import get_preset
 from samaritan.models.segmenter import Segmenter, autocast_dtype
+from samaritan.shares import get_sharing
 
 AdapterState = dict[str, Tensor]
 """Official parameter name -> float32 tensor on the CPU."""
@@ -48,6 +52,8 @@ class AdaptedModel:
         preset: Name of the method.
         lora: peft's configuration, where the preset uses LoRA.
         frozen_blocks: Encoder blocks at the beginning that nothing trained comes before or into.
+        folded: Frozen rows that the strategy adds to, by official name; part of the adapter, and
+            not trained.
     """
 
     segmenter: Segmenter
@@ -56,21 +62,28 @@ class AdaptedModel:
     preset: str
     lora: LoraConfig | None
     frozen_blocks: int
+    folded: Mapping[str, Folded] = field(default_factory=dict)
 
     def state(self) -> AdapterState:
         """A copy of the adapter."""
-        return {k: p.detach().float().cpu().clone() for k, p in self.trained.items()}
+        trained = {k: p.detach().float().cpu().clone() for k, p in self.trained.items()}
+        return trained | {k: f.value for k, f in self.folded.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Puts an adapter on the base.
+        """Puts an adapter on the base; LoRA of a smaller rank is filled up with zeros.
 
         Raises:
             ModelError: When names or shapes differ.
         """
-        require_like(state, {name: tuple(p.shape) for name, p in self.trained.items()})
+        shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
+        shapes |= {name: folded.shape for name, folded in self.folded.items()}
+        state = _filled_up(state, shapes)
+        require_like(state, shapes)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state[name])
+        for name, folded in self.folded.items():
+            folded.load(state[name])
 
     def parameters(self) -> int:
         """Number of trained parameters."""
@@ -88,9 +101,12 @@ def build_adapted(
         device: Where to put it; the GPU if there is one.
 
     Raises:
-        ConfigError: For an unknown base or preset, or an input size the base cannot take.
+        ConfigError: For an unknown base or preset, an input size the base cannot take, or a
+            strategy that does not go with them.
         ModelError: For a checkpoint that is missing or does not fit, or a rank out of range.
     """
+    check_ranks(config)
+    check_folding(config)
     preset = get_preset(config.peft.preset)
     context = config.data.context_slices
     depth = context if preset.volumetric else 1
@@ -107,6 +123,7 @@ def build_adapted(
         base.model, base.spec, config.peft, input_size=image_size(config), depth=depth,
         seed=config.seed,
     )  # fmt: skip
+    check_products(config, trained)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segmenter = Segmenter(base.model, base.family, base.spec.patch, depth).to(device)
     segmenter.autocast_dtype = autocast_dtype(config.training.precision, device)
@@ -115,7 +132,8 @@ def build_adapted(
         _halve_frozen(base, segmenter.autocast_dtype)
     frozen_blocks = _frozen_blocks(base, trained)
     _check_prefix(config, frozen_blocks)
-    return AdaptedModel(segmenter, base, trained, config.peft.preset, lora, frozen_blocks)
+    folded = folded_layers(base.model) if get_sharing(config.strategy).folds else {}
+    return AdaptedModel(segmenter, base, trained, config.peft.preset, lora, frozen_blocks, folded)
 
 
 def _check_prefix(config: Config, frozen_blocks: int) -> None:
@@ -207,6 +225,37 @@ def require_like(
             f"the adapter does not fit this model: {'; '.join(faults[:3])}{more}",
             "Use an adapter of the same base, preset, rank and classes.",
         )
+
+
+def at_rank(state: Mapping[str, Tensor], rank: int | None) -> AdapterState:
+    """A state whose LoRA was filled up with zeros, without them again.
+
+    Args:
+        state: An adapter, or a difference of two.
+        rank: Rows of A and columns of B to keep, where there are more; None keeps all.
+    """
+    cut = dict(state)
+    for pair in lora_pairs(state):
+        cut[pair.a], cut[pair.b] = state[pair.a][:rank], state[pair.b][:, :rank].contiguous()
+    return cut
+
+
+def _filled_up(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, Tensor]:
+    """LoRA factors with rows of A and columns of B at zero up to the model's rank.
+
+    Where both are zero, both gradients are, so that training leaves them there.
+    """
+    filled = dict(state)
+    for pair in lora_pairs(shapes):
+        a, b = state.get(pair.a), state.get(pair.b)
+        if a is None or b is None or not a.ndim == b.ndim == 2 or len(a) != b.shape[1]:
+            continue
+        missing = shapes[pair.a][0] - len(a)
+        if missing > 0:
+            filled[pair.a], filled[pair.b] = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+    return filled
 
 
 def save_adapter(

@@ -143,7 +143,7 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         ratio = self._row_ratio(part, adapter)
         if ratio is None:
             return y + update
-        shift = 0 if self.bias is None else self.bias[self._slice(part)]
+        shift = 0 if self.bias is None else self.bias[self.rows_of(part)]
         # The bias is not part of the weight, and keeps its length.
         lengthened: Tensor = ratio * (y - shift + update) + shift
         return lengthened.to(y.dtype)  # lengths are fp32, and attention shall not be
@@ -163,12 +163,13 @@ class LoraQKV(nn.Module, LoraLayer):  # type: ignore[misc]
         update: Tensor = b.weight @ a.weight * self.scaling[adapter]
         return update
 
-    def _slice(self, part: str) -> slice:
+    def rows_of(self, part: str) -> slice:
+        """The rows of the frozen projection that part "q" or "v" updates."""
         third = self.out_features // 3
         return slice(0, third) if part == "q" else slice(2 * third, 3 * third)
 
     def _rows(self, part: str) -> Tensor:
-        rows: Tensor = self.base_layer.weight[self._slice(part)]
+        rows: Tensor = self.base_layer.weight[self.rows_of(part)]
         return rows
 
     def get_delta_weight(self, adapter: str) -> Tensor:

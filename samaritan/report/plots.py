@@ -48,7 +48,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} 
 }
 _WIDTH_IN = 5.2
 _LABEL_LENGTH = 26
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.edgecolor": MUTED,
@@ -445,7 +445,7 @@ def _label(name: str) -> str:
 @contextmanager
 def _figure(name: str, height_in: float, width: float = _WIDTH_IN) -> Iterator[tuple[Any, Any]]:
     """One set of axes in the style of the report, without any global Matplotlib state left."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height_in), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure, figure.subplots()

@@ -18,7 +18,8 @@ def final_scores(
 ) -> dict[str, Any]:
     """The `final` part of summary.json.
 
-    Means run over cases of the mean over classes; `dice_per_class` over cases alone.
+    Means run over cases of the mean over classes; `dice_per_class` over cases alone. A structure
+    that a site does not label is in no mean, and does not make a case an excluded one.
     """
     sites = sorted({r.case.site for r in results})
     return {
@@ -30,7 +31,8 @@ def final_scores(
             site: mean([r.dice for r in results if r.case.site == site]) for site in sites
         },
         "cases": len(results),
-        "excluded_cases": sum(any(math.isnan(s.dice) for s in r.scores.values()) for r in results),
+        "excluded_cases": sum(map(_lacks_a_score, results)),
+        "unlabelled": {r.case.site: sorted(r.unlabelled) for r in results if r.unlabelled},
         "empty_rule": EMPTY_RULE,
         "nsd_tolerance_mm": settings.nsd_tolerance_mm,
         "oracle_prompts": settings.prompts,
@@ -45,6 +47,7 @@ def case_entries(results: Sequence[CaseScores], oracle_prompts: str) -> list[dic
             "site": r.case.site,
             "subject_id": r.case.subject_id,
             "scores": {c: {m: _number(s, m) for m in METRICS} for c, s in r.scores.items()},
+            "unlabelled": sorted(r.unlabelled),
             "dice_mean": None if math.isnan(r.dice) else r.dice,
             "oracle_prompts": oracle_prompts,
         }
@@ -78,6 +81,7 @@ def nnunet_summary(
             {
                 "case_id": r.case.case_id,
                 "reference_file": str(r.case.label),
+                "unlabelled": sorted(r.unlabelled),
                 "prediction_file": predictions.get(r.case.case_id),
                 "metrics": {
                     str(value): {title: _number(r.scores[name], m) for title, m in named.items()}
@@ -94,6 +98,15 @@ def nnunet_summary(
         "empty_rule": EMPTY_RULE,
         "oracle_prompts": oracle_prompts,
     }
+
+
+def _lacks_a_score(result: CaseScores) -> bool:
+    """Whether a structure that was looked for is neither in the label nor in the prediction."""
+    return any(
+        math.isnan(scores.dice)
+        for name, scores in result.scores.items()
+        if name not in result.unlabelled
+    )
 
 
 def _number(scores: Scores, metric: str) -> float | None:

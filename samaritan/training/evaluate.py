@@ -14,6 +14,7 @@ from torch import Tensor
 
 from samaritan.config import EvaluationConfig
 from samaritan.data.datasets import Case
+from samaritan.data.label_maps import label_map
 from samaritan.data.slices import CaseCache, PreparedCase, class_indices, with_context
 from samaritan.data.transforms import from_stack
 from samaritan.data.volume import read_label
@@ -29,10 +30,17 @@ _SLICES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one case, by class."""
+    """Scores of one case.
+
+    Attributes:
+        case: Which.
+        scores: By class, for all classes of the study.
+        unlabelled: Classes that the case's site does not label, and that have no score for that.
+    """
 
     case: Case
     scores: dict[str, Scores]
+    unlabelled: frozenset[str] = frozenset()
 
     @property
     def dice(self) -> float:
@@ -157,22 +165,47 @@ def evaluate_cases(
     for case in cases:
         prepared = cache.get(case)
         prediction = predict_indices(segmenter, prepared, cache, settings)
-        scores = score_case(
-            prediction,
-            true_indices(prepared, cache),
-            prepared.grid.spacing_mm,
-            list(cache.classes),
-            settings.nsd_tolerance_mm,
-            surfaces,
-        )
-        results.append(CaseScores(case, scores))
+        results.append(score_prediction(prediction, prepared, cache, settings, surfaces))
         if on_case is not None:
             on_case(prepared, prediction, results[-1])
     return results
 
 
+def score_prediction(
+    prediction: NDArray[np.uint8],
+    prepared: PreparedCase,
+    cache: CaseCache,
+    settings: EvaluationConfig,
+    surfaces: bool,
+) -> CaseScores:
+    """Scores of one prediction, for the structures that the case's site labels.
+
+    Args:
+        prediction: (X, Y, Z) class indices on the canonical grid.
+        prepared: The case.
+        cache: Knows the classes and what the site labels.
+        settings: Tolerance.
+        surfaces: Also compute HD95 and NSD.
+
+    Raises:
+        DataError: When the case has no label.
+    """
+    labelled = label_map(cache.data, prepared.case.site, cache.classes)
+    unlabelled = frozenset(cache.classes.keys() - labelled.keys())
+    scores = score_case(
+        prediction,
+        true_indices(prepared, cache),
+        prepared.grid.spacing_mm,
+        list(cache.classes),
+        settings.nsd_tolerance_mm,
+        surfaces,
+        unlabelled,
+    )
+    return CaseScores(prepared.case, scores, unlabelled)
+
+
 def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
-    """(X, Y, Z) class indices of a case's label, on the canonical grid.
+    """(X, Y, Z) class indices of a case's label, on the canonical grid, by its site's label map.
 
     Raises:
         DataError: When the case has no label.
@@ -181,7 +214,8 @@ def true_indices(prepared: PreparedCase, cache: CaseCache) -> NDArray[np.uint8]:
     if case.label is None:
         raise DataError("SAM-D116", f"case {case.case_id} has no label to score against", "Add it.")
     volume = read_label(case.label, case.case_id, prepared.native)
-    return class_indices(volume.array, cache.classes, case.case_id)
+    own = label_map(cache.data, case.site, cache.classes)
+    return class_indices(volume.array, cache.classes, case.case_id, own)
 
 
 def to_label_values(indices: NDArray[np.uint8], classes: Mapping[str, int]) -> NDArray[np.uint16]:

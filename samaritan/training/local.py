@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from samaritan.data.slices import CaseCache, batches, num_steps
 from samaritan.errors import TrainingError
 from samaritan.models.adapter import AdaptedModel
 from samaritan.training.augment import augment
+from samaritan.training.drift import correct_gradients, record_gradients
 from samaritan.training.feed import Batch, on_device
 from samaritan.training.losses import SegmentationLoss
 from samaritan.training.parallel import Parts, batch_gradients, batch_parts
@@ -39,11 +41,14 @@ class TrainingResult:
         loss: Mean over all steps.
         steps: Optimiser steps taken.
         seconds: Wall time.
+        mean_gradient: Of the loss alone, over all steps, by name; float32 on the CPU. None unless
+            there was a control.
     """
 
     loss: float
     steps: int
     seconds: float
+    mean_gradient: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def train_locally(
     seed: int,
     timeout_s: float = math.inf,
     steps: int | None = None,
+    names: Collection[str] | None = None,
+    control: Mapping[str, Tensor] | None = None,
     on_step: StepCallback | None = None,
 ) -> TrainingResult:
     """Trains the adapter that is on the model, in place.
@@ -75,15 +82,22 @@ def train_locally(
     The optimiser starts anew each round, since the adapter it would remember is not the one that
     came back from the server; a short warm-up makes up for it.
 
+    A step takes the gradient of the loss, adds `control` and FedProx's pull (see `drift`), clips
+    the sum and hands it to AdamW. The loss that is told and returned is without the pull.
+
     Args:
         model: Carries the adapter to start from, and afterwards the trained one.
         cache: Reads and prepares cases.
         cases: Labelled training cases.
-        settings: Batch size, learning rate, augmentation.
+        settings: Batch size, learning rate, augmentation, FedProx's mu.
         schedule: Position of this round in the cosine decay.
         seed: Decides draws and augmentation; equal seeds give equal adapters.
         timeout_s: Give up when a step ends later than this.
         steps: Optimiser steps; by default as many as `slices_per_case` asks for.
+        names: What to train of the adapter, as FFA (arXiv 2403.12313) and RoLoRA (arXiv 2502.01755)
+            need it; all of it by default.
+        control: SCAFFOLD's c - c_i by name, added to every gradient. A name that is missing counts
+            as zero: an empty mapping only asks for the mean gradient.
         on_step: Told of every step.
 
     Raises:
@@ -96,28 +110,35 @@ def train_locally(
     generator = torch.Generator().manual_seed(seed)
     begun = time.monotonic()
     total = steps or num_steps(len(cases), settings.slices_per_case, settings.batch_size)
-    trained = list(model.trained.values())
+    device = model.segmenter.device
+    trained = {n: p for n, p in model.trained.items() if names is None or n in names}
+    parameters = list(trained.values())
+    received = {n: p.detach().clone() for n, p in trained.items()} if settings.proximal_mu else {}
+    shift = {n: t.to(device) for n, t in (control or {}).items()}
+    totals = {} if control is None else {n: torch.zeros_like(p) for n, p in trained.items()}
     optimiser = torch.optim.AdamW(
-        trained,
+        parameters,
         lr=settings.learning_rate,
         betas=_BETAS,
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    loss_of = SegmentationLoss(settings.dice_weight)
-    device = model.segmenter.device
+    loss_of = SegmentationLoss(settings.dice_weight, cache.unlabelled(cases))
     losses: list[float] = []
     model.segmenter.train()
-    with batch_parts(device, settings.batch_size) as parts:
+    resting = [p for n, p in model.trained.items() if n not in trained]
+    with _without_gradient(resting), batch_parts(device, settings.batch_size) as parts:
         forward, feed = _forward_and_feed(model, cache, cases, settings, total, generator, parts)
         for step, batch in enumerate(on_device(feed, device), 1):
             rate = learning_rate(step, total, schedule, settings)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = batch_gradients(
-                forward, loss_of, batch.inputs, batch.labels, trained, parts, batch.prompts
+                forward, loss_of, batch.inputs, batch.labels, parameters, parts, batch.prompts
             )
-            norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
+            record_gradients(totals, trained)
+            correct_gradients(trained, shift, received, settings.proximal_mu)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             losses.append(float(loss))
             if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
                 raise TrainingError(
@@ -135,7 +156,22 @@ def train_locally(
             if on_step is not None:
                 on_step(step, total, losses[-1])
     model.segmenter.eval()
-    return TrainingResult(sum(losses) / len(losses), len(losses), time.monotonic() - begun)
+    taken = len(losses)
+    mean = {n: (t / taken).float().cpu() for n, t in totals.items()}
+    return TrainingResult(sum(losses) / taken, taken, time.monotonic() - begun, mean or None)
+
+
+@contextlib.contextmanager
+def _without_gradient(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Spares the backward pass what only these need, until the end of the block."""
+    switched = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in switched:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in switched:
+            parameter.requires_grad_(True)
 
 
 def _forward_and_feed(

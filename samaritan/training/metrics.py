@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,9 @@ class Scores:
     nsd: float
 
 
+_NO_SCORES = Scores(math.nan, math.nan, math.nan)
+
+
 def score_case(
     prediction: NDArray[np.uint8],
     label: NDArray[np.uint8],
@@ -48,6 +51,7 @@ def score_case(
     classes: Sequence[str],
     nsd_tolerance_mm: float,
     surfaces: bool = True,
+    unlabelled: Collection[str] = (),
 ) -> dict[str, Scores]:
     """Scores every class of a case.
 
@@ -58,12 +62,15 @@ def score_case(
         classes: Names in the order of their indices.
         nsd_tolerance_mm: Distance at which surfaces still count as equal.
         surfaces: Also compute HD95 and NSD; NaN otherwise.
+        unlabelled: Classes that nobody looked for in this label; they have no score.
 
     Returns:
         Class name -> scores.
     """
     return {
-        name: _score(prediction == i, label == i, spacing_mm, nsd_tolerance_mm, surfaces)
+        name: _NO_SCORES
+        if name in unlabelled
+        else _score(prediction == i, label == i, spacing_mm, nsd_tolerance_mm, surfaces)
         for i, name in enumerate(classes, 1)
     }
 
@@ -76,7 +83,7 @@ def _score(
     surfaces: bool,
 ) -> Scores:
     if not predicted.any() and not true.any():
-        return Scores(math.nan, math.nan, math.nan)
+        return _NO_SCORES
     dice = 2.0 * float((predicted & true).sum()) / float(predicted.sum() + true.sum())
     if not surfaces:
         return Scores(dice, math.nan, math.nan)

@@ -1,0 +1,242 @@
+"""One round's questions and answers: who was asked, what came back, and when to ask again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from samaritan.config import Config
+from samaritan.errors import FederationError
+from samaritan.shares import CONTROL, shares
+from samaritan.wire import Instruction, content, message_bytes
+from server.delivery import Delivery
+from server.judgement import History, last_update
+from strategies.replies import Expected, Reply, read_evaluate_reply, read_train_reply
+from strategies.update import Update
+
+_POLL_S = 0.2
+_NO_STATE = "failed: SAM-F203"
+
+Event = Callable[..., None]
+"""Writes an event with its fields."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """How the server reaches its sites.
+
+    Attributes:
+        grid: Flower's.
+        nodes: Node id by site, of every site at the roll call.
+        delivery: What each site holds.
+        config: Of the run.
+        counts: `Update.counts` of the sites that label some structures only.
+        at_once: Sites that work at the same time; the others wait their turn. None for all.
+        event: Writes an event.
+    """
+
+    grid: Grid
+    nodes: Mapping[str, int]
+    delivery: Delivery
+    config: Config
+    counts: Mapping[str, Mapping[str, Tensor]]
+    at_once: int | None
+    event: Event
+
+    def online(self, sites: Sequence[str]) -> list[str]:
+        """Those of the sites that are there now."""
+        present = set(self.grid.get_node_ids())
+        return [site for site in sites if self.nodes.get(site) in present]
+
+    def wait_for(self, sites: Sequence[str], needed: int) -> list[str]:
+        """Those of the sites that are online, once enough of them are.
+
+        Raises:
+            FederationError: SAM-F101 when too few come in time.
+        """
+        wait_s = self.config.federation.wait_s
+        end = time.monotonic() + wait_s
+        while len(there := self.online(sites)) < needed:
+            if time.monotonic() > end:
+                raise FederationError(
+                    "SAM-F101",
+                    f"{len(there)} sites are online after {wait_s:g} s, {needed} needed",
+                    "Start the missing sites and resume, or lower federation.min_sites.",
+                )
+            time.sleep(_POLL_S)
+        return there
+
+
+class Asking:
+    """What is asked and answered in one round.
+
+    Args:
+        post: The way to the sites.
+        instruction: Of this round, without the hashes of the state.
+        history: Of the rounds before.
+
+    Attributes:
+        trained, scored: The last answer of each site that was asked to train or to score.
+        bytes_up, bytes_down: Of all messages, by site.
+        norms: Length of each usable update, before it was clipped.
+        waiting_s: Time that passed until answers were there.
+    """
+
+    def __init__(self, post: Post, instruction: Instruction, history: History) -> None:
+        self.post, self.instruction, self.history = post, instruction, history
+        self.trained: dict[str, Reply] = {}
+        self.scored: dict[str, Reply] = {}
+        self.bytes_up: dict[str, int] = {}
+        self.bytes_down: dict[str, int] = {}
+        self.norms: dict[str, float] = {}
+        self.waiting_s = 0.0
+
+    @property
+    def usable(self) -> int:
+        """Sites whose update can be used."""
+        return sum(reply.ok for reply in self.trained.values())
+
+    def updates(
+        self, sites: Sequence[str], needed: int, reserve: Sequence[str] = ()
+    ) -> Iterator[Update]:
+        """Usable updates, one at a time; too few of them, and the others are asked again.
+
+        Args:
+            sites: Asked first.
+            needed: Usable updates that are enough.
+            reserve: Sites that rest, and are asked where the others are not enough.
+        """
+        settings = self.post.config.federation
+        missing = list(sites)
+        for attempt in range(settings.retries + 1):
+            if attempt:
+                wait_s = settings.retry_wait_s * 2 ** (attempt - 1)
+                self.post.event(
+                    "round_retried", round=self.instruction.server_round, attempt=attempt,
+                    sites=missing, wait_s=wait_s,
+                )  # fmt: skip
+                time.sleep(wait_s)
+            yield from self._train(missing)
+            stale = [s for s in missing if self.trained[s].status == _NO_STATE]
+            if stale:
+                self.post.delivery.lost(stale)
+                yield from self._train(stale)
+            if self.usable < needed and reserve:
+                self.post.event(
+                    "sites_recalled", round=self.instruction.server_round, sites=list(reserve)
+                )
+                sites, recalled, reserve = [*sites, *reserve], reserve, ()
+                yield from self._train(recalled)
+            # A wrong answer would be as wrong again.
+            missing = [s for s in sites if self.trained[s].status.startswith(("failed", "late"))]
+            if self.usable >= needed or not missing:
+                return
+
+    def score(self, sites: Sequence[str]) -> None:
+        """Asks for the score of the present state."""
+        for site, message in self._ask(sites, MessageType.EVALUATE):
+            self.scored[site] = read_evaluate_reply(message)
+            self._arrived(site, message)
+        for site in sites:
+            self.scored.setdefault(site, self._silence(len(sites)))
+
+    def _train(self, sites: Sequence[str]) -> Iterator[Update]:
+        open_sites = set(sites)
+        for site, message in self._ask(sites, MessageType.TRAIN):
+            expected = self._expected(site)
+            reply, delta = read_train_reply(message, expected)
+            self._arrived(site, message)
+            if reply.status.startswith("late"):
+                self.post.event(
+                    "late_reply", round=self.instruction.server_round, site=site,
+                    status=reply.status,
+                )  # fmt: skip
+                continue
+            if site not in open_sites:
+                continue  # answered before
+            open_sites.remove(site)
+            if delta is None:
+                self.trained[site] = reply
+                self.post.event(
+                    "reply_refused" if reply.status.startswith("refused") else "site_failed",
+                    round=self.instruction.server_round, site=site, status=reply.status,
+                )  # fmt: skip
+                continue
+            self.trained[site] = reply
+            yield Update(
+                site,
+                self.post.delivery.start(site),
+                delta,
+                self._weight(site, reply),
+                self.post.counts.get(site, {}),
+            )
+        for site in sorted(open_sites):
+            self.trained[site] = self._silence(len(sites))
+            self.post.event(
+                "site_late", round=self.instruction.server_round, site=site,
+                status=self.trained[site].status,
+            )  # fmt: skip
+
+    def _ask(self, sites: Sequence[str], kind: str) -> Iterator[tuple[str, Message]]:
+        """Answers with the site they come from; of nodes that were not asked there are none."""
+        post = self.post
+        names = {post.nodes[site]: site for site in sites}
+        messages = []
+        for site in sites:
+            payload, instruction = post.delivery.address(site, self.instruction)
+            message = Message(
+                content(payload, instruction.record()),
+                message_type=kind,
+                dst_node_id=post.nodes[site],
+            )
+            size = message_bytes(message)
+            self.bytes_down[site] = self.bytes_down.get(site, 0) + size
+            messages.append(message)
+        replies = iter(post.grid.send_and_receive(messages, timeout=self._timeout_s(len(sites))))
+        while True:
+            begun = time.monotonic()
+            reply = next(replies, None)
+            self.waiting_s += time.monotonic() - begun
+            if reply is None:
+                return
+            if reply.metadata.src_node_id in names:
+                yield names[reply.metadata.src_node_id], reply
+
+    def _arrived(self, site: str, message: Message) -> None:
+        self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
+        if not message.has_error():
+            self.post.delivery.arrived(site)
+
+    def _timeout_s(self, sites: int) -> float:
+        """A site stops by itself when its time is over; the rest is for the way and for queues."""
+        turns = math.ceil(sites / (self.post.at_once or sites or 1))
+        return (self.instruction.timeout_s * 1.1 + 1) * turns
+
+    def _silence(self, sites: int) -> Reply:
+        return Reply(f"late: no answer in {self._timeout_s(sites):.0f} s")
+
+    def _expected(self, site: str) -> Expected:
+        number, config = self.instruction.server_round, self.post.config
+        state = self.post.delivery.state(site)
+        adapter = [name for name in state.state if not name.startswith(CONTROL)]
+        sent = shares(config, adapter, number).sent
+        names = sent | {CONTROL + name for name in sent if config.training.scaffold}
+        return Expected(
+            number,
+            state.sha256,
+            {name: tuple(state.state[name].shape) for name in sorted(names)},
+            config.wire.up,
+            last_update(self.history, site),
+        )
+
+    def _weight(self, site: str, reply: Reply) -> float:
+        weighting = self.post.config.federation.weighting
+        if isinstance(weighting, dict):
+            return weighting[site]
+        return reply.metrics["num-examples"] if weighting == "examples" else 1.0
