@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.aggregation
 
 Beside the rules stands FLAP-SAM's way: the mean of the sites' (o, i) products, and a randomised SVD
-of it with the steps and default settings of scikit-learn's `randomized_svd` (10 more columns, 7 power
-iterations or 4 for small matrices, LU between them). Factors are Gaussian, and nine tenths of their
-variance is common to all sites. All run in turn in one process; ratios of the shortest processor
-times are the result.
+of it with the steps and default settings of scikit-learn's `randomized_svd` (10 more columns, 7
+power iterations or 4 for small matrices, LU between them). Factors are Gaussian, and nine tenths of
+their variance is common to all sites. All run in turn in one process; ratios of the shortest
+processor times are the result.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _randomised(before: AdapterState, updates: list[Update], pairs: list[Pair]) 
         products.add(update)
     step: AdapterState = {}
     for pair, terms in products.ideal():
-        mean = sum(t.weight * (t.b @ t.a) for t in terms)
+        mean = torch.zeros(len(terms[0].b), terms[0].a.shape[1])
+        for term in terms:
+            mean += term.weight * (term.b @ term.a)
         u, s, vh = map(torch.from_numpy, _randomized_svd(mean.numpy()))
         step[pair.b], step[pair.a] = u - before[pair.b], s[:, None] * vh - before[pair.a]
     return step

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -278,6 +279,14 @@ def _train(
     _require_quorum(asking, number, needed)
     step, slots = server_step(change, _optimiser_slots(state), config.server_optimiser)
     adapter = {n: v + step[n] if n in step else v for n, v in state.adapter.items()}
+    if broken := [n for n, v in adapter.items() if not torch.isfinite(v).all()]:
+        raise FederationError(
+            "SAM-F106",
+            f"round {number}: the combined adapter is not finite in {len(broken)} tensors, first "
+            f"{broken[0]}; the adapter of the round before is kept",
+            "Look at `update_norm` of each site in the rounds before; set federation.clip_norm or "
+            "choose a robust strategy.",
+        )
     if config.training.scaffold:
         everyone = len(federation.sites)
         slots[_CONTROL] = server_control(state.slots.get(_CONTROL, {}), changes, everyone)

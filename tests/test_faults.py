@@ -490,3 +490,14 @@ def test_weights_may_be_constants(fake_site, fake_federation):
     state = run_in_process(fake_federation(config, ["a", "b"]), sites)
     assert level(state) == pytest.approx(4.0)
     assert replace(state, history=[]).adapter.keys() == {"a", "b"}
+
+
+def test_an_adapter_that_is_no_longer_finite_pauses_the_run_at_the_round_before(
+    fake_site, fake_federation
+):
+    config = config_of(3, server_optimiser={"name": "momentum", "learning_rate": 1e38})
+    federation = fake_federation(config, ["a"])
+    with pytest.raises(FederationError) as caught:
+        run_in_process(federation, [fake_site("a", config, 100.0)])
+    assert caught.value.code == "SAM-F106"
+    assert events(federation, "run_paused")[0]["rounds_done"] == 0
