@@ -35,6 +35,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.sites
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.aggregation
+	$(BIN)/python -m benchmarks.codecs
+	$(BIN)/python -m benchmarks.communication
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from samaritan.files import write_atomically
 from samaritan.models.adapter import AdapterState
+from samaritan.models.bases import state_sha256
 
 Notes = dict[str, AdapterState]
 """Tensors by purpose: "personal", "left_out", "control"."""
@@ -42,8 +43,8 @@ class Memory:
         for number, path in sorted(self._files().items(), reverse=True):
             if number < before:
                 try:
-                    return _unflatten(load_file(path))
-                except (OSError, SafetensorError):
+                    return _unflatten(_read(path))
+                except (OSError, ValueError, SafetensorError):
                     _log.warning("%s is damaged; the notes before it are used", path)
         return {}
 
@@ -53,14 +54,16 @@ class Memory:
         Raises:
             StorageError: When the disk is full or not writable.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, path in self._files().items():
+            if number > server_round:  # a round the server lost
+                path.unlink(missing_ok=True)
+        tensors = _flatten(notes)
         write_atomically(
-            self.folder / f"round_{server_round:05d}.safetensors", save(_flatten(notes))
+            self.folder / f"round_{server_round:05d}.safetensors",
+            save(tensors, {"sha256": state_sha256(tensors)}),
         )
         files = self._files()
-        lost = {number for number in files if number > server_round}  # rounds the server lost
-        old = set() if self.keep_all else set(sorted(files.keys() - lost)[:-_KEPT])
-        for number in lost | old:
+        for number in () if self.keep_all else sorted(files)[:-_KEPT]:
             files[number].unlink(missing_ok=True)
 
     def _files(self) -> dict[int, Path]:
@@ -68,6 +71,15 @@ class Memory:
             return {}
         named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return {int(match[1]): path for match, path in named if match}
+
+
+def _read(path: Path) -> AdapterState:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sha256 = (file.metadata() or {}).get("sha256")
+    if sha256 != state_sha256(tensors):
+        raise ValueError("damaged")
+    return tensors
 
 
 def _flatten(notes: Notes) -> AdapterState:

@@ -40,13 +40,14 @@ def write_atomically(
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise StorageError(
             "SAM-S101",
             f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
             "Free space or mend the permissions; a run goes on with --resume.",
         ) from error
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _make_folder(folder: Path, mode: int) -> None:

@@ -6,6 +6,7 @@ string (`samaritan.codecs`) in one Flower array.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +16,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import array_to_proto, recorddict_to_proto
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
@@ -99,5 +100,31 @@ def content(
 
 
 def message_bytes(message: Message) -> int:
-    """Size of the serialised content of a message; 0 for an error."""
-    return int(recorddict_to_proto(message.content).ByteSize()) if message.has_content() else 0
+    """Size of the serialised content; 0 for an error.
+
+    Protobuf copies what it writes many times over, so the tensors are added up and not written.
+    """
+    if not message.has_content():
+        return 0
+    arrays = message.content.array_records
+    rest = {name: record for name, record in message.content.items() if name not in arrays}
+    size = int(recorddict_to_proto(RecordDict(rest)).ByteSize())
+    for name, record in arrays.items():
+        items = (_key(key) + _field(_array_bytes(array)) for key, array in record.items())
+        size += _field(_key(name) + _field(sum(map(_field, items))))
+    return size
+
+
+def _array_bytes(array: Array) -> int:
+    empty = Array(array.dtype, array.shape, array.stype, b"")
+    size = int(array_to_proto(empty).ByteSize())
+    return size + _field(len(array.data)) if array.data else size
+
+
+def _key(text: str) -> int:
+    return _field(len(text.encode())) if text else 0
+
+
+def _field(length: int) -> int:
+    """Size of a protobuf field with content of that length: its tag, the length, the content."""
+    return 1 + max(1, math.ceil(length.bit_length() / 7)) + length

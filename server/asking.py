@@ -67,7 +67,7 @@ class Post:
                 raise FederationError(
                     "SAM-F101",
                     f"{len(there)} sites are online after {wait_s:g} s, {needed} needed",
-                    "Start the missing sites and resume, or lower federation.min_sites.",
+                    "Start the missing sites and resume.",
                 )
             time.sleep(_POLL_S)
         return there
@@ -122,17 +122,13 @@ class Asking:
                     sites=missing, wait_s=wait_s,
                 )  # fmt: skip
                 time.sleep(wait_s)
-            yield from self._train(missing)
-            stale = [s for s in missing if self.trained[s].status == _NO_STATE]
-            if stale:
-                self.post.delivery.lost(stale)
-                yield from self._train(stale)
+            yield from self._train_all(missing)
             if self.usable < needed and reserve:
                 self.post.event(
                     "sites_recalled", round=self.instruction.server_round, sites=list(reserve)
                 )
                 sites, recalled, reserve = [*sites, *reserve], reserve, ()
-                yield from self._train(recalled)
+                yield from self._train_all(recalled)
             # A wrong answer would be as wrong again.
             missing = [s for s in sites if self.trained[s].status.startswith(("failed", "late"))]
             if self.usable >= needed or not missing:
@@ -140,11 +136,27 @@ class Asking:
 
     def score(self, sites: Sequence[str]) -> None:
         """Asks for the score of the present state."""
+        self._score(sites)
+        if stale := self._stale(sites, self.scored):
+            self._score(stale)
+
+    def _stale(self, sites: Sequence[str], replies: Mapping[str, Reply]) -> list[str]:
+        """Sites that do not hold what they should; they are sent the whole state the next time."""
+        stale = [site for site in sites if replies[site].status == _NO_STATE]
+        self.post.delivery.lost(stale)
+        return stale
+
+    def _score(self, sites: Sequence[str]) -> None:
         for site, message in self._ask(sites, MessageType.EVALUATE):
             self.scored[site] = read_evaluate_reply(message)
             self._arrived(site, message)
         for site in sites:
             self.scored.setdefault(site, self._silence(len(sites)))
+
+    def _train_all(self, sites: Sequence[str]) -> Iterator[Update]:
+        yield from self._train(sites)
+        if stale := self._stale(sites, self.trained):
+            yield from self._train(stale)
 
     def _train(self, sites: Sequence[str]) -> Iterator[Update]:
         open_sites = set(sites)
@@ -232,7 +244,7 @@ class Asking:
             state.sha256,
             {name: tuple(state.state[name].shape) for name in sorted(names)},
             config.wire.up,
-            last_update(self.history, site),
+            last_update(self.history, site) if names else "",  # of nothing there is only one
         )
 
     def _weight(self, site: str, reply: Reply) -> float:

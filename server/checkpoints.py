@@ -75,7 +75,7 @@ def read_round(directory: Path, server_round: int) -> Checkpoint:
         raise StorageError(
             "SAM-S109",
             f"the checkpoint of round {server_round} in {directory} is missing or damaged",
-            "Set selection.keep to last and selection.rollback_drop to null, or start anew.",
+            "Delete the checkpoints of that round and after it, and resume: they are made again.",
         ) from error
 
 

@@ -233,12 +233,12 @@ def _sites_to_ask(
     config = federation.config
     number, rest = state.server_round + 1, config.federation.quarantine_rounds
     known = [site for site in federation.sites if site in post.nodes]
-    resting = [site for site in known if quarantined(state.history, site, rest)]
-    if len(known) - len(resting) < needed:
+    there = post.wait_for(known, needed)
+    resting = [site for site in there if quarantined(state.history, site, rest)]
+    if len(there) - len(resting) < needed:
         resting = []
-    there = post.wait_for([site for site in known if site not in resting], needed)
-    drawn = draw_sites(there, config.federation.sites_per_round, config.seed, number)
-    return drawn, post.online(resting)
+    awake = [site for site in there if site not in resting]
+    return draw_sites(awake, config.federation.sites_per_round, config.seed, number), resting
 
 
 def _train(

@@ -38,6 +38,7 @@ def build_agents(
     adapters = {rank: at_rank(initial, rank) for rank in set(ranks.values())}
     # A payload may be added to the state before the newest.
     known = KnownStates(2 * len(adapters))
+    keeps_all = config.selection.keep == "best" or config.selection.rollback_drop is not None
     return [
         SiteAgent(
             site,
@@ -45,7 +46,7 @@ def build_agents(
             model,
             adapters[rank],
             Exchange(site, config, public_state(config, adapters[rank]), known),
-            Memory(run_dir / "sites" / _folder(site), config.selection.keep == "best"),
+            Memory(run_dir / "sites" / _folder(site), keeps_all),
             cache,
             study.cases(TRAIN, site),
             study.cases(VALIDATION, site),

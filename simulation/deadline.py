@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 _SIGNAL = signal.SIGUSR1  # SIGALRM belongs to whoever bounds the whole process, such as pytest
-_armed: list[object] = []
+_ends: list[float] = []  # of the blocks that are open, by the monotonic clock
 
 
 class DeadlineError(BaseException):
@@ -22,7 +24,7 @@ class DeadlineError(BaseException):
 
 @contextlib.contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """Raises DeadlineError inside the block when it takes longer.
+    """Raises DeadlineError inside the block when it takes longer; blocks may lie in one another.
 
     Without a bound, or outside the main thread, where Python delivers no signals, nothing happens.
     """
@@ -34,16 +36,19 @@ def deadline(seconds: float | None) -> Iterator[None]:
     signal.signal(_SIGNAL, _interrupt)
     timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, _SIGNAL))
     timer.daemon = True
-    _armed.append(timer)
-    timer.start()
+    end = time.monotonic() + seconds
     try:
+        _ends.append(end)
+        timer.start()
         yield
     finally:
-        _armed.clear()
+        _ends.remove(end)
         timer.cancel()
+        timer.join()  # it may be about to ring, and must not do so in the next block
 
 
 def _interrupt(number: int, frame: object) -> None:
-    if _armed:
-        _armed.clear()
+    """Others use this signal too, as batch systems do, and Ctrl-C goes before."""
+    stopping = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+    if _ends and time.monotonic() >= min(_ends) and not stopping:
         raise DeadlineError

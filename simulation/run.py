@@ -38,6 +38,7 @@ from server.rounds import Federation, RoundCallback
 from simulation.agents import build_agents
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
+from simulation.lock import locked
 from simulation.outcome import cost_of, steps_of, summarise, write_json
 from simulation.personal import own_adapters, personal_results
 from simulation.scoring import score_run
@@ -101,18 +102,28 @@ def simulate(
     Raises:
         SamaritanError: With one clear reason; rounds already done stay in the run folder.
     """
-    watch = watch or Watch()
-    begun = time.monotonic()
     check_run(config, run_dir, data_dir=data_dir, engine=engine, resume=resume)
-    with _clean_unless_opened(run_dir):
-        study, data_dir = _prepare_study(config, run_dir, data_dir, watch)
-        model = build_adapted(config, len(study.classes))
-        initial = model.state()
-        cache = study.cache()
-        if baselines:
-            cache.unlabelled(study.cases(TRAIN))  # what the pooled model will ask, before the run
-        agents = build_agents(study, model, initial, cache, run_dir, watch.step)
-        _open_run_dir(config, run_dir)
+    with _alone_in(run_dir):
+        return _simulate(config, run_dir, data_dir, engine, baselines, watch or Watch())
+
+
+def _simulate(
+    config: Config,
+    run_dir: Path,
+    data_dir: Path | None,
+    engine: str,
+    baselines: bool,
+    watch: Watch,
+) -> dict[str, Any]:
+    begun = time.monotonic()
+    study, data_dir = _prepare_study(config, run_dir, data_dir, watch)
+    model = build_adapted(config, len(study.classes))
+    initial = model.state()
+    cache = study.cache()
+    if baselines:
+        cache.unlabelled(study.cases(TRAIN))  # what the pooled model will ask, before the run
+    agents = build_agents(study, model, initial, cache, run_dir, watch.step)
+    _open_run_dir(config, run_dir)
     federation = Federation(
         config,
         model.base.sha256,
@@ -200,19 +211,26 @@ def _counts(study: Study, initial: AdapterState) -> dict[str, dict[str, Tensor]]
 
 
 @contextlib.contextmanager
-def _clean_unless_opened(run_dir: Path) -> Iterator[None]:
-    """Takes away what was made in a run folder when the run is refused before it begins."""
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """The run folder, for this process only; empty again when the run is refused at once."""
     existed = run_dir.exists()
     try:
-        yield
-    except BaseException:
-        if not (run_dir / "config.yaml").exists():
-            for name in (_PHANTOMS, _PHANTOMS_PARTIAL):
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-            if not existed:
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()
-        raise
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            "SAM-S101", f"cannot make {run_dir}: {error.strerror}", "Give --out another folder."
+        ) from error
+    with locked(run_dir):
+        try:
+            yield
+        except BaseException:
+            if not (run_dir / "config.yaml").exists():
+                for name in (_PHANTOMS, _PHANTOMS_PARTIAL):
+                    shutil.rmtree(run_dir / name, ignore_errors=True)
+                if not existed:
+                    with contextlib.suppress(OSError):
+                        run_dir.rmdir()
+            raise
 
 
 def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
@@ -229,14 +247,17 @@ def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
         return
     if not saved.is_file():
         raise StorageError(
-            "SAM-S107", f"there is no run to resume in {run_dir}", "Leave --resume out."
+            "SAM-S107",
+            f"there is no run to resume in {run_dir}",
+            "Leave --resume out; a folder that is not empty must be emptied first.",
         )
     differences = config_differences(load_config(saved), config)
     if differences:
         raise ConfigError(
             "SAM-C302",
             f"the run in {run_dir} has another configuration:\n  " + "\n  ".join(differences),
-            "Resume with the same configuration, or start anew in another folder.",
+            "Resume with the same configuration. A run cannot change its own, not even how many "
+            "sites it needs: mend or start these sites, or start anew in another folder.",
         )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from samaritan.models.adapter import AdapterState
 from strategies.update import Update
 
@@ -41,7 +43,8 @@ def clip(update: Update, limit: float) -> Update:
 
 def update_norm(delta: AdapterState) -> float:
     """The L2 norm over all tensors together, in float64."""
-    return math.sqrt(math.fsum(float(value.double().square().sum()) for value in delta.values()))
+    lengths = (torch.linalg.vector_norm(value, dtype=torch.float64) for value in delta.values())
+    return math.hypot(*map(float, lengths))
 
 
 def median_limit(norms: Sequence[float]) -> float:

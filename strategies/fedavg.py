@@ -29,16 +29,14 @@ def fedavg(updates: Iterable[Update], situation: Situation) -> AdapterState:
     totals: dict[str, Tensor] = {}
     for update in updates:
         for name, value in update.delta.items():
-            weight = update.weight * update.counts.get(name, _ONE)
+            counts = update.counts.get(name)
+            weight = update.weight if counts is None else update.weight * counts
             if name not in sums:
                 sums[name] = torch.zeros(value.shape, dtype=torch.float64)
                 totals[name] = torch.zeros((), dtype=torch.float64)
-            sums[name].add_(value.double() * weight)
+            sums[name].add_(value.double().mul_(weight))
             totals[name] = totals[name] + weight
     return {
         name: torch.where(totals[name] > 0, value / totals[name], 0.0).float()
         for name, value in sums.items()
     }
-
-
-_ONE = torch.ones((), dtype=torch.float64)

@@ -19,8 +19,8 @@ from samaritan.data.phantoms import write_phantoms
 ROOT = Path(__file__).parents[1]
 
 COMMANDS = [
-    ("simulate",), ("evaluate",), ("predict",), ("doctor",), ("data",), ("data", "check"),
-    ("data", "describe"), ("models",), ("models", "list"), ("models", "verify"),
+    ("simulate",), ("compare",), ("evaluate",), ("predict",), ("doctor",), ("data",),
+    ("data", "check"), ("data", "describe"), ("models",), ("models", "list"), ("models", "verify"),
     ("models", "count"), ("models", "fetch"),
 ]  # fmt: skip
 

@@ -5,7 +5,12 @@ Fake sites, real Flower messages; `test_kill.py` kills a real run.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import json
+import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -13,14 +18,16 @@ import pytest
 import torch
 
 from client.app import make_client_app
+from client.memory import Memory
 from samaritan.codecs import encode
 from samaritan.config import CodecConfig, parse_config
-from samaritan.errors import DataError, FederationError
+from samaritan.errors import DataError, FederationError, StorageError
 from server.checkpoints import latest_checkpoint
-from server.judgement import draw_sites
+from server.judgement import draw_sites, quarantined
 from server.rounds import run_rounds
+from simulation.deadline import DeadlineError, deadline
 from simulation.engines import run_in_process
-from simulation.grid import InProcessGrid
+from simulation.grid import InProcessGrid, partition_id
 
 SITES = ["a", "b", "c", "d", "e"]
 
@@ -501,3 +508,295 @@ def test_an_adapter_that_is_no_longer_finite_pauses_the_run_at_the_round_before(
         run_in_process(federation, [fake_site("a", config, 100.0)])
     assert caught.value.code == "SAM-F106"
     assert events(federation, "run_paused")[0]["rounds_done"] == 0
+
+
+# Fewer sites than there were.
+
+
+def test_a_resting_site_is_asked_where_the_others_are_away(fake_site, fake_federation):
+    config = config_of(3, {"quarantine_rounds": 9})
+    sites = [fake_site(name, config) for name in SITES]
+    sites[0].instead = {1: huge}
+    grid = InProcessGrid(make_client_app(lambda c: sites[partition_id(c)]), 5)
+
+    def two_leave(entry):
+        for node in (1003, 1004):
+            grid._contexts.pop(node, None)
+
+    federation = fake_federation(config, SITES, on_round=two_leave)
+    run_rounds(grid, federation)
+    assert sites[0].asked == [1, 2, 3]
+    assert sites[3].asked == [1]
+
+
+def test_all_sites_in_quarantine_are_asked_all_the_same(fake_site, fake_federation):
+    config = config_of(2, {"quarantine_rounds": 9})
+    sites = [fake_site(name, config) for name in SITES]
+    for site in sites:
+        site.evaluate = lambda payload, instruction: {"dice": 7.0, "num-cases": 2}
+    federation = fake_federation(config, SITES)
+    state = run_in_process(federation, sites)
+    assert all(statuses(state, name) == ["refused: dice is 7"] * 2 for name in SITES)
+    assert all(quarantined(state.history, name, 9) for name in SITES)
+    assert level(state) == pytest.approx(2.0)
+    assert [e["resting"] for e in events(federation, "round_started")] == [[], []]
+
+
+def test_a_recalled_site_without_the_state_is_sent_the_whole(fake_site, fake_federation):
+    down = {"wire": {"down": {"numbers": "int8"}}}
+    config = config_of(2, {"quarantine_rounds": 9, "min_sites": 4}, **down)
+
+    class Restarted(fake_site):
+        forgot = False
+
+        def train(self, payload, instruction):
+            if instruction.server_round == 2 and not self.forgot:
+                self.forgot = True
+                self.exchange.known.states.clear()
+            return super().train(payload, instruction)
+
+    sites = [fake_site(name, config) for name in SITES]
+    sites[1].instead = {2: raises}
+    sites[2] = Restarted("c", config, instead={1: huge})
+    state = run_in_process(fake_federation(config, SITES), sites)
+    assert sites[2].forgot
+    assert statuses(state, "c") == ["refused: a moves by 1e+30", "ok"]
+
+
+def test_a_recalled_site_that_fails_is_asked_again_with_the_others(fake_site, fake_federation):
+    config = config_of(2, {"quarantine_rounds": 9, "min_sites": 4, "retries": 1})
+    sites = [fake_site(name, config) for name in SITES]
+    sites[1].instead = {2: raises}
+    sites[2].instead = {1: huge, 2: failing(1)}
+    federation = fake_federation(config, SITES)
+    run_in_process(federation, sites)
+    assert sites[2].asked == [1, 2, 2]
+    assert [e["sites"] for e in events(federation, "round_retried")] == [["b", "c"]]
+
+
+def test_an_observer_that_fails_or_hangs_stops_nobody(fake_site, fake_federation):
+    config = config_of(2, {"round_timeout_s": 0.2})
+    sites = [fake_site(name, config) for name in ("a", "b", "seen", "broken", "stuck")]
+    sites[3].evaluate = lambda payload, instruction: raises(None)
+    sites[4].evaluate = lambda payload, instruction: hangs(None)
+    federation = fake_federation(config, ["a", "b"], observers=["seen", "broken", "stuck"])
+    state = run_in_process(federation, sites)
+    assert level(state) == pytest.approx(2.0)
+    assert [site.asked for site in sites] == [[1, 2], [1, 2], [], [], []]
+    assert statuses(state, "seen") == ["ok", "ok"]
+    assert statuses(state, "broken") == ["failed: SAM-F299"] * 2
+    assert all(status.startswith("late: no answer") for status in statuses(state, "stuck"))
+    assert state.history[1]["sites"]["seen"]["dice"] == pytest.approx(0.02)
+    assert state.history[1]["sites"]["stuck"]["dice"] is None
+    assert state.history[1]["dice_mean"] == pytest.approx(0.02)
+
+
+def test_a_site_that_hangs_in_the_roll_call_is_left_out(fake_site, fake_federation):
+    config = config_of(1)
+    sites = [fake_site(name, config) for name in SITES]
+    sites[1].hello = lambda: hangs(None)
+    federation = fake_federation(config, SITES)
+    begun = time.monotonic()
+    state = run_in_process(federation, sites)
+    assert time.monotonic() - begun < 20
+    assert statuses(state, "b") == [None]
+    assert events(federation, "roll_call")[0]["present"] == ["a", "c", "d", "e"]
+
+
+def test_a_score_that_is_refused_counts_for_nothing_and_rests_the_site(fake_site, fake_federation):
+    config = config_of(2, {"quarantine_rounds": 1})
+    sites = [fake_site(name, config) for name in SITES]
+    sites[4].evaluate = lambda payload, instruction: {"dice": 7.0, "num-cases": 2}
+    state = run_in_process(fake_federation(config, SITES), sites)
+    assert statuses(state, "e") == ["refused: dice is 7", None]
+    assert state.history[0]["dice_mean"] == pytest.approx(0.01)
+
+
+def test_answers_that_come_twice_or_from_a_stranger_count_for_nothing(fake_site, fake_federation):
+    class Noisy(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                stranger = copy.deepcopy(reply)
+                stranger.metadata.__dict__["_src_node_id"] = 4242
+                yield from (stranger, reply, reply)
+
+    config = config_of(2)
+    sites = [fake_site(name, config, add) for name, add in (("a", 1.0), ("b", 4.0))]
+    grid = Noisy(make_client_app(lambda c: sites[partition_id(c)]), 2)
+    grid.send_and_receive = functools.partial(first_plain, grid)
+    state = run_rounds(grid, fake_federation(config, ["a", "b"]))
+    assert level(state) == pytest.approx(5.0)
+    assert statuses(state, "a") == ["ok", "ok"]
+    assert state.history[0]["sites"].keys() == {"a", "b"}
+
+
+def first_plain(grid, messages, *, timeout=None):
+    """The roll call as it is; a second node of one name is another test."""
+    del grid.send_and_receive
+    return InProcessGrid.send_and_receive(grid, messages, timeout=timeout)
+
+
+def test_a_site_that_failed_is_not_believed_to_hold_what_it_was_sent(fake_site, fake_federation):
+    config = config_of(3, wire={"down": {"numbers": "int8"}}, evaluation={"every_rounds": 9})
+
+    class Broken(fake_site):
+        payloads = ()
+
+        def train(self, payload, instruction):
+            self.payloads = (*self.payloads, payload)
+            if instruction.server_round == 2:
+                raise OSError("gone before the payload was read")
+            return super().train(payload, instruction)
+
+    bad = Broken("c", config)
+    sites = [bad if name == "c" else fake_site(name, config) for name in SITES]
+    state = run_in_process(fake_federation(config, SITES), sites)
+    assert statuses(state, "c") == ["ok", "failed: SAM-F299", "ok"]
+    assert len(bad.payloads) == 3  # the whole state at once, and no answer that it is missing
+
+
+# Disks.
+
+
+def test_a_full_disk_at_one_site_stops_that_site_alone_with_its_code(run, fake_site, tmp_path):
+    (tmp_path / "full").write_text("a folder cannot be made in a file")
+    memory = Memory(tmp_path / "full" / "site")
+
+    class Full(fake_site):
+        def train(self, payload, instruction):
+            answer = super().train(payload, instruction)
+            if instruction.server_round == 2:
+                memory.remember(2, {"left_out": {"a": torch.ones(1)}})
+            return answer
+
+    config = config_of()
+    federation, state = run(config, Full("c", config))
+    assert statuses(state, "c") == ["ok", "failed: SAM-S101", "ok"]
+    assert str(tmp_path) not in federation.events.read_text()
+
+
+@pytest.mark.parametrize("selection", [{"keep": "best"}, {"rollback_drop": 0.2}])
+def test_a_damaged_best_round_says_how_to_make_it_again(fake_site, fake_federation, selection):
+    config = config_of(3, selection=selection)
+    steps = {1: 30.0, 2: -25.0, 3: 7.0}
+
+    def site():
+        made = fake_site("a", config)
+        made.learn = lambda adapter, asked: (
+            {n: torch.full_like(v, steps[asked.server_round]) for n, v in adapter.items()},
+            {"num-examples": 1, "train-loss": 0.1},
+        )
+        return made
+
+    straight = run_in_process(fake_federation(config, ["a"], "straight"), [site()])
+    federation = fake_federation(config, ["a"])
+    best = federation.checkpoints / "round_00001.safetensors"
+
+    def damage(entry):
+        if entry["round"] == 1:
+            best.write_bytes(best.read_bytes()[:-1])
+
+    with pytest.raises(StorageError) as caught:
+        run_in_process(replace(federation, on_round=damage), [site()])
+    assert caught.value.code == "SAM-S109"
+    assert "round 1" in caught.value.message
+    assert "Delete the checkpoints of that round and after it, and resume" in caught.value.hint
+    for path in federation.checkpoints.iterdir():
+        path.unlink()
+    again = run_in_process(federation, [site()])
+    assert again.server_round == straight.server_round
+    assert all(torch.equal(again.adapter[n], straight.adapter[n]) for n in "ab")
+
+
+# Deadlines.
+
+
+def wait_for_signals(seconds=0.3):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_deadline_ends_a_block_and_nothing_after_it():
+    begun = time.monotonic()
+    with pytest.raises(DeadlineError), deadline(0.1):
+        time.sleep(30)
+    assert time.monotonic() - begun < 10
+    with deadline(0.1):
+        pass
+    wait_for_signals()
+    with deadline(None):
+        wait_for_signals()
+
+
+def test_a_block_inside_another_does_not_disarm_it():
+    def after_another():
+        with deadline(30):
+            pass
+        time.sleep(30)
+
+    with pytest.raises(DeadlineError), deadline(0.2):
+        after_another()
+    with deadline(30):
+        with pytest.raises(DeadlineError), deadline(0.1):
+            time.sleep(30)
+        wait_for_signals(0.1)
+    with pytest.raises(DeadlineError), deadline(0.1), deadline(30):
+        time.sleep(30)
+
+
+def test_a_signal_that_others_send_is_no_deadline():
+    with deadline(30):
+        signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def test_ctrl_c_at_the_moment_of_the_deadline_is_not_lost():
+    def both_at_once():
+        both = {signal.SIGUSR1, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        time.sleep(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), contextlib.suppress(DeadlineError), deadline(0.1):
+            both_at_once()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_deadline_in_a_thread_bounds_nothing_and_hurts_nobody():
+    done = []
+
+    def work():
+        with deadline(0.05):
+            time.sleep(0.2)
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+def test_sites_that_keep_everything_for_themselves_send_nothing_and_go_on(
+    fake_site, fake_federation
+):
+    config = config_of(personal={"parts": ["encoder", "decoder"]})
+
+    class Private(fake_site):
+        def begin(self, adapter):
+            super().begin({})
+
+        def evaluate(self, payload, instruction):
+            return {"dice": 0.5, "num-cases": 2}
+
+        def learn(self, adapter, instruction):
+            return {}, {"num-examples": 1, "train-loss": 0.1}
+
+    state = run_in_process(fake_federation(config, SITES), [Private(n, config) for n in SITES])
+    assert all(statuses(state, name) == ["ok"] * 3 for name in SITES)
+    assert level(state) == 0.0

@@ -12,12 +12,18 @@ from samaritan.config import Config, load_config
 from samaritan.errors import FederationError
 from simulation.run import simulate
 
+# Everything that a site or the server remembers: a worker has answered for other sites before.
 OVERRIDES = [
-    "rounds=2",
-    "data.sites=2",
+    "rounds=3",
+    "data.sites=3",
     "data.cases_per_site=3",
     "training.slices_per_case=4",
+    "training.scaffold=true",
     "model.image_size=32",
+    "federation.sites_per_round=2",
+    "personal.parts=[decoder]",
+    "wire.up={top_k: 0.1, numbers: int4}",
+    "wire.down={numbers: int8}",
 ]
 
 
@@ -38,10 +44,16 @@ def config() -> Config:
 def test_ray_and_in_process_agree_to_the_last_bit(config: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra samaritan[ray] is not installed")
     summaries = {e: simulate(config, tmp_path / e, engine=e) for e in ("inprocess", "ray")}
-    adapters = [
-        (tmp_path / e / "adapter/adapter_model.safetensors").read_bytes() for e in summaries
+    kept = [
+        {
+            str(path.relative_to(tmp_path / e)): path.read_bytes()
+            for folder in ("adapter", "sites")
+            for path in (tmp_path / e / folder).rglob("*.safetensors")
+        }
+        for e in summaries
     ]
-    assert adapters[0] == adapters[1]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) > 7  # one adapter, and of each site an adapter and notes
     assert summaries["ray"]["engine"] == "ray"
     for name in ("rounds", "final"):
         ours, theirs = summaries["inprocess"][name], summaries["ray"][name]
@@ -49,6 +61,7 @@ def test_ray_and_in_process_agree_to_the_last_bit(config: Config, tmp_path: Path
             assert ours == theirs
         else:
             assert [r["dice_mean"] for r in ours] == [r["dice_mean"] for r in theirs]
+            assert {s["status"] for r in theirs for s in r["sites"].values()} == {"ok"}
 
 
 @pytest.mark.slow

@@ -12,11 +12,16 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
-from samaritan.errors import StorageError
-from samaritan.report import facts, plots, units
+from samaritan.cli.simulate import _result_line, _round_line
+from samaritan.config import parse_config
+from samaritan.errors import DataError, StorageError
+from samaritan.report import aggregation, facts, plots, trouble, units
 from samaritan.report.html import write_report
 from samaritan.report.overlay import draw_overlay
+from samaritan.shares import SHARING
+from simulation.engines import run_in_process
 
 HOSTILE = '<script>alert("x")</script> $\\frac{ "\' & --> ]]> javascript:alert(1)'
 CHROMIUM = next(
@@ -295,15 +300,18 @@ def test_states_the_result_and_every_part(usual_run):
         "and 0.012 above the U-Net" in page.text
     )
     for heading in ("Learning curves", "Final scores", "Comparison with the baselines", "Examples",
-                    "Traffic", "Faults", "Settings and environment", "Privacy",
+                    "Traffic", "Trouble", "Settings and environment", "Privacy",
                     "How the scores are counted"):  # fmt: skip
         assert heading in page.text
     assert f"{dice:.3f}" in page.text
     assert "104 448" in page.text
     assert "0.11 % of the base" in page.text
-    assert "Every site answered in every round." in page.text
+    assert "Every site that was asked answered." in page.text
     assert "used no differential privacy and no secure aggregation" in page.text
     assert "The sites are pseudo-sites" in page.text
+    assert "What sites keep" not in page.text
+    assert "ot labelled" not in page.text
+    assert "ggregation error" not in page.text
     assert "preset: flap-sam" in page.text
     assert sum(tag == "svg" and attrs.get("role") == "img" for tag, attrs in page.elements) == 7
     assert sum(tag == "img" for tag, _ in page.elements) == 3
@@ -460,15 +468,16 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
     report(tmp_path / "run", summary, cases)
 
 
-def test_lists_faults_by_site_with_their_rounds(tmp_path):
+def test_lists_what_went_wrong_with_rounds_and_sites(tmp_path):
     summary, cases = make_summary()
     for number in (3, 4, 5, 9):
         summary["rounds"][number]["sites"]["B"] = {"status": "failed: SAM-D104"}
     del summary["rounds"][7]["sites"]["C"]
     page = report(tmp_path / "run", summary, cases)
-    assert "failed: SAM-D104 4 3–5, 9" in page.text
+    assert "3–5, 9 B failed: SAM-D104" in page.text
     assert "for 1 pair of site and round" in page.text
-    assert "answered in every round" not in page.text
+    assert "asked answered" not in page.text
+    assert "11 / 11" in page.text  # C was not asked in round 7
 
 
 def test_shows_a_privacy_record(tmp_path):
@@ -477,6 +486,467 @@ def test_shows_a_privacy_record(tmp_path):
     page = report(tmp_path / "run", summary, cases)
     assert "A.epsilon 7.94" in page.text
     assert "used no differential privacy" not in page.text
+
+
+# ---- how updates were combined ---------------------------------------------------------------
+
+
+def combined(summary, errors=None, norms=None):
+    """The summary with what rounds record of aggregation; `norms` by site, the same in all."""
+    for entry in summary["rounds"][1:]:
+        number = entry["round"]
+        entry["aggregation_error"] = errors(number) if errors else None
+        entry["aggregation_seconds"] = 0.2 * number
+        for site, answer in entry["sites"].items():
+            answer["update_norm"] = (norms or {}).get(site, 0.5)
+    return summary
+
+
+def settings(**keys):
+    """The resolved configuration as a run folder holds it."""
+    return parse_config(keys).model_dump(mode="json")
+
+
+def rows_of(strategy="fedavg", summary=None, **keys):
+    summary = {"strategy": strategy, "sites": {}, "rounds": []} | (summary or {})
+    return dict(aggregation.strategy_rows(summary, settings(strategy=strategy, **keys)))
+
+
+def write_settings(folder, **keys):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps(settings(**keys)))
+
+
+def aggregation_page(folder, summary, cases, events=(), **keys):
+    """The report of a run with a real configuration and events."""
+    write_run(folder, summary, cases)
+    write_settings(folder, **keys)
+    if events:
+        lines = [json.dumps({"time": "2026-11-22T10:00:00", **event}) for event in events]
+        (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    return assert_sound(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_a_plain_strategy_states_its_rule_and_codecs_alone():
+    assert rows_of() == {
+        "Rule": "fedavg: mean of the factors A and B",
+        "Codec, up": "fp32",
+        "Codec, down": "fp32",
+    }
+
+
+def test_every_strategy_has_its_rule_in_words():
+    for strategy in SHARING:
+        assert rows_of(strategy)["Rule"].startswith(f"{strategy}: ")
+    assert "Wrong sites withstood" not in rows_of("svd")
+    robust = rows_of("krum", federation={"byzantine_sites": 2})
+    assert robust["Wrong sites withstood"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("keys", "label", "value"),
+    [
+        ({"federation": {"weighting": "uniform"}}, "Weighting", "all sites count alike"),
+        ({"federation": {"weighting": {"a": 2, "b": 1.5}}}, "Weighting", "constants: a 2, b 1.5"),
+        ({"federation": {"clip_norm": "median"}}, "Clipping", "shortened to the median norm"),
+        ({"federation": {"clip_norm": 2.5}}, "Clipping", "shortened to norm 2.5"),
+        ({"server_optimiser": {"name": "adam", "learning_rate": 0.02}}, "Server optimiser",
+         "adam, learning rate 0.02"),
+        ({"training": {"proximal_mu": 0.1}}, "Drift control", "FedProx, mu 0.1"),
+        ({"training": {"scaffold": True}}, "Drift control", "SCAFFOLD"),
+        ({"peft": {"rank": 8, "site_ranks": {"a": 4}}}, "Ranks", "a 4; every other site 8"),
+        ({"wire": {"up": {"top_k": 0.05, "numbers": "int4"}}}, "Codec, up",
+         "the largest 5 %, int4, with error feedback"),
+        ({"wire": {"up": {"low_rank": 2}, "error_feedback": False}}, "Codec, up",
+         "rank 2, fp32, without error feedback"),
+        ({"wire": {"down": {"numbers": "int8"}}}, "Codec, down", "int8"),
+        ({"federation": {"sites_per_round": 3}}, "Sites asked", "3 of 0 in each round"),
+        ({"personal": {"parts": ["decoder", "lora_B"]}}, "Personal parts", "decoder, lora_B"),
+    ],
+)  # fmt: skip
+def test_states_what_differs_from_the_default(keys, label, value):
+    rows = rows_of(**keys)
+    assert value in rows.pop(label)
+    plain = rows_of()
+    plain.pop(label, None)
+    assert rows == plain
+
+
+def test_the_kept_round_is_named_with_a_caution_where_scores_chose_it(tmp_path):
+    summary, cases = make_summary(rounds=5, cases=8)
+    summary["adapter_of_round"] = 3
+    page = aggregation_page(tmp_path / "best", summary, cases, selection={"keep": "best"})
+    assert "The adapter of round 3 was kept" in page.text
+    assert "over the same cases, so they flatter it" in page.text
+    assert "Kept adapter of round 3, the best mean Dice" in page.text
+    summary["adapter_of_round"] = 5
+    best = settings(selection={"keep": "best"})
+    assert "round 5 was kept" in aggregation.selection_sentence(summary, best)
+    assert aggregation.selection_sentence(summary, settings()) == ""
+    assert "Kept adapter" not in rows_of(summary=summary)
+    kept = rows_of(summary=summary, selection={"keep": "best"})["Kept adapter"]
+    assert kept == "of round 5, the best mean Dice"
+
+
+def test_an_update_scaled_by_1000_is_ringed_and_named(tmp_path):
+    summary, cases = make_summary(rounds=6, cases=8)
+    combined(summary, norms={"A": 0.5, "B": 0.7, "C": 0.6, "D": 0.4})
+    for number in (2, 3, 5):
+        summary["rounds"][number]["sites"]["C"]["update_norm"] *= 1000
+    page = aggregation_page(tmp_path / "run", summary, cases)
+    sentence = "C sent updates up to 1 200 times as long as the round’s median (rounds 2–3, 5)."
+    assert sentence in page.text
+    assert page.text.index(sentence) < page.text.index("Learning curves")
+    svg = plots.norm_curves(summary).svg
+    assert "var(--note)" in svg
+    assert ">C</text>" in svg
+
+
+def test_updates_of_like_length_are_not_ringed(tmp_path):
+    summary, cases = make_summary(rounds=4, cases=8)
+    combined(summary, norms={"A": 0.5, "B": 0.5, "C": 4.9, "D": 0.05})
+    page = aggregation_page(tmp_path / "run", summary, cases)
+    assert "as long as the round’s median (" not in page.text
+    assert "var(--note)" not in plots.norm_curves(summary).svg
+    assert "Length (Euclidean norm)" in page.text
+
+
+def test_of_two_sites_the_longer_update_is_out_of_line_too():
+    summary, _ = make_summary(sites=("A", "B"), rounds=2)
+    combined(summary, norms={"A": 1.0, "B": 1000.0})
+    (found,) = aggregation.long_updates(summary)
+    assert (found.site, found.rounds, found.times) == ("B", (1, 2), 1000.0)
+
+
+def test_many_long_updates_are_summed_up():
+    names = tuple("abcdefghijklmnopqrst")
+    summary, _ = make_summary(sites=names, rounds=1)
+    combined(summary, norms={name: 100.0 + index for index, name in enumerate(names[:8])})
+    sentences = aggregation.long_update_sentences(summary)
+    assert sentences[0].startswith("h sent updates up to 214 times")
+    assert sentences[5:] == ["So did 3 more sites."]
+
+
+def test_states_the_aggregation_error_and_its_worst_round(tmp_path):
+    summary, cases = make_summary(rounds=4, cases=8)
+    combined(summary, errors=lambda number: 0.4 / number)
+    page = aggregation_page(tmp_path / "run", summary, cases)
+    assert "It was 0.21 on average and at most 0.4, in round 1." in page.text
+    assert "Combining took 0.5 s per round on average and 0.8 s at most." in page.text
+    assert "on purpose" not in page.text
+    assert "aggregation error of each round" in page.text
+    for strategy, keys in (("median", {}), ("svd", {"server_optimiser": {"name": "yogi"}})):
+        sentence = aggregation.error_sentence(summary | {"strategy": strategy}, settings(**keys))
+        assert sentence.endswith("departs from that mean on purpose.")
+
+
+def test_an_error_of_rounding_is_called_exact_and_an_unknown_one_unknown():
+    summary, _ = make_summary(rounds=4, cases=8)
+    assert aggregation.error_sentence(summary, {}) == ""  # an older run records none
+    combined(summary, errors=lambda number: 1e-7 * number)
+    assert "at most 4e-07: exact up to rounding" in aggregation.error_sentence(summary, {})
+    assert plots.error_curve(summary) is None
+    combined(summary)
+    assert "is not known" in aggregation.error_sentence(summary, {})
+    assert plots.error_curve(summary) is None
+
+
+@pytest.mark.parametrize("text", [None, "", "[1, 2", "- a\n- b", "strategy: [1]", "\x00"], ids=repr)
+def test_stands_a_configuration_of_any_kind(text):
+    rows = aggregation.strategy_rows({"strategy": "svd"}, aggregation.read_settings(text))
+    assert dict(rows)["Rule"].startswith("svd")
+
+
+def test_bytes_are_of_sites_that_trained(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    for entry in summary["rounds"][1:]:
+        for site, answer in entry["sites"].items():
+            answer |= {"bytes_up": 1024 * 1024, "bytes_down": 512}
+            if site in "CD":  # late, and one that only scores
+                answer |= {"bytes_up": 0, "bytes_down": 0, "train_loss": None}
+    page = report(tmp_path / "run", summary, cases)
+    assert "a site sent 1.0 MiB and received 512 B on average" in page.text
+
+
+def test_a_hundred_sites_of_which_ten_are_drawn_make_a_short_report(tmp_path):
+    names = tuple(f"site_{number:03d}" for number in range(100))
+    summary, cases = make_summary(sites=names, rounds=6, cases=200)
+    combined(summary, norms={"site_007": 400.0})
+    for entry in summary["rounds"][1:]:
+        first = 10 * (entry["round"] - 1)
+        entry["sites"] = {name: entry["sites"][name] for name in names[first : first + 10]}
+    started = {"event": "run_started", "first_round": 1, "sites": names}
+    page = aggregation_page(
+        tmp_path / "run", summary, cases, [started, {"event": "roll_call", "present": names}],
+        federation={"sites_per_round": 10}, data={"source": "phantoms", "sites": 100},
+    )  # fmt: skip
+    assert "10 of 100 in each round, drawn anew" in page.text
+    assert "The 10 sites with the lowest Dice of 100." in page.text
+    assert "All 100 sites" in page.text
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    shown = html.split("lowest Dice of 100")[1].split("<details>")[0]
+    assert shown.count("<tr>") == 12  # heads, ten sites, all sites
+    assert "not asked" in page.text
+    assert "Nothing happened: every site that was asked answered" in page.text
+    assert "pairs of site and round" not in page.text
+    assert "site_007 sent updates up to 800 times" in page.text
+    rows = [re.findall(r">site_\d{3}</text>", p.svg) for p in plots.score_boxes(summary, cases)]
+    assert [len(names) for names in rows] == [20, 0]
+
+
+# ---- trouble ---------------------------------------------------------------------------------
+
+
+def told(*events, summary=None):
+    """The rows that events make, as ``(rounds, sites, what)``."""
+    rows = trouble.troubles(summary or {}, events)
+    return [(row.rounds, row.sites, row.what) for row in rows]
+
+
+def test_events_of_sites_are_told_by_round_and_alike_ones_together():
+    events = [
+        {"event": "reply_refused", "round": 3, "site": "B", "status": "refused: a is not finite"},
+        {"event": "round_started", "round": 4, "sites": ["A"], "resting": ["B"]},
+        {"event": "round_started", "round": 5, "sites": ["A"], "resting": ["B"]},
+        {"event": "sites_recalled", "round": 5, "sites": ["B"]},
+        {"event": "site_failed", "round": 2, "site": "A", "status": "failed: SAM-F299"},
+        {"event": "site_failed", "round": 2, "site": "C", "status": "failed: SAM-F299"},
+        {"event": "round_retried", "round": 2, "attempt": 1, "sites": ["A", "C"], "wait_s": 5},
+        {"event": "round_retried", "round": 2, "attempt": 2, "sites": ["A"], "wait_s": 10},
+        {"event": "site_late", "round": 6, "site": "D", "status": "late: no answer in 9 s"},
+        {"event": "late_reply", "round": 7, "site": "D", "status": "late: of another round"},
+    ]
+    assert told(*events) == [
+        ("2", "A, C", "failed: SAM-F299"),
+        ("2", "A, C", "asked again: too few usable answers"),
+        ("3", "B", "refused: a is not finite"),
+        ("4–5", "B", "not asked: it rests after a wrong answer"),
+        ("5", "B", "asked although it rests: too few others"),
+        ("6", "D", "late: no answer in 9 s"),
+        ("7", "D", "late: of another round"),
+    ]
+
+
+def test_events_of_the_run_are_told():
+    begin = {"event": "run_started", "first_round": 1, "sites": ["A", "B", "C"]}
+    again = begin | {"first_round": 2}
+    killed = begin | {"first_round": 4}
+    refused = {"event": "roll_call", "present": ["A"], "refused": ["site B: base-sha256 x not y"]}
+    paused = {"event": "run_paused", "code": "SAM-F102", "rounds_done": 1, "message": "too few"}
+    everyone = {"event": "roll_call", "present": ["A", "B", "C"], "refused": []}
+    stopped = {"event": "stopped_early", "round": 6, "best": [4, 0.8712]}
+    damaged = {"event": "checkpoints_damaged", "files": ["round-0003"]}
+    finished = {"event": "run_finished", "rounds": 6}
+    events = (begin, refused, paused, again, everyone, damaged, killed, everyone, stopped, finished)
+    summary = {"rounds": [{"round": 5, "rolled_back_to": 4, "dice_mean": 0.4, "sites": {}}]}
+    assert told(*events, again, summary=summary) == [
+        ("–", "the run", "damaged checkpoints passed over: round-0003"),
+        ("1", "the run", "refused at the roll call: site B: base-sha256 x not y"),
+        ("1", "C", "absent at the roll call"),
+        ("2", "the run", "paused: SAM-F102, too few"),
+        ("2", "the run", "resumed"),
+        ("4", "the run", "resumed after an interruption"),
+        ("5", "the run", "rolled back to the adapter of round 4: Dice fell to 0.400"),
+        ("6", "the run", "stopped early: no better Dice than 0.871 of round 4"),
+    ]
+
+
+def test_a_status_and_its_event_are_one_row():
+    event = {"event": "site_failed", "round": 2, "site": "A", "status": "failed: SAM-F299"}
+    summary = {"rounds": [{"round": 2, "sites": {"A": {"status": "failed: SAM-F299"}}}]}
+    assert told(event, summary=summary) == [("2", "A", "failed: SAM-F299")]
+
+
+def test_a_run_that_went_well_says_so_in_one_line(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    events = [
+        {"event": "run_started", "first_round": 1, "sites": list("ABCD")},
+        {"event": "roll_call", "present": list("ABCD"), "refused": []},
+        {"event": "round_started", "round": 1, "sites": list("ABCD"), "resting": []},
+        {"event": "run_finished", "rounds": 2, "adapter_of_round": 2},
+    ]
+    page = aggregation_page(tmp_path / "run", summary, cases, events)
+    assert "Trouble Nothing happened: every site that was asked answered" in page.text
+    assert "What did not go as planned" not in page.text
+
+
+def test_stands_events_of_any_kind(tmp_path):
+    names = ("run_started", "roll_call", "round_started", "round_retried", "sites_recalled",
+             "run_paused", "stopped_early", "checkpoints_damaged", "site_failed")  # fmt: skip
+    odd = [{"event": name} for name in names]
+    odd += [
+        dict.fromkeys(
+            (
+                "round",
+                "sites",
+                "resting",
+                "present",
+                "refused",
+                "best",
+                "files",
+                "first_round",
+                "rounds_done",
+                "message",
+                "site",
+                "status",
+            ),
+            value,
+        )
+        | {"event": name}
+        for name in names
+        for value in (None, 3, "x", {}, [HOSTILE, None])
+    ]
+    folder = write_run(tmp_path / "run", *make_summary(rounds=2, cases=4))
+    lines = [json.dumps(event) for event in odd]
+    text = "\n".join([*lines, "[1]", "null", "", '{"event": "cut o'])
+    (folder / "events.jsonl").write_bytes(text.encode() + b"\n\xff\xfe")
+    page = assert_sound(write_report(folder).read_text(encoding="utf-8").replace("None", "-"))
+    assert HOSTILE.split()[0] in page.text
+
+
+def test_much_trouble_is_folded(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    events = [
+        {"event": "site_failed", "round": 1, "site": "A", "status": f"failed: SAM-F{number}"}
+        for number in range(100, 130)
+    ]
+    page = aggregation_page(tmp_path / "run", summary, cases, events)
+    assert "10 more rows" in page.text
+    assert all(f"SAM-F{number}" in page.text for number in range(100, 130))
+
+
+def test_a_real_run_of_sites_that_misbehave_is_told(tmp_path, fake_site, fake_federation):
+    """Real rounds and real events: one update 1000 times too long, one refused, one that fails."""
+    sites = ["a", "b", "c", "d", "e"]
+    quiet = {"wait_s": 0.3, "retries": 1, "retry_wait_s": 0.01, "quarantine_rounds": 1}
+    config = parse_config(
+        {"rounds": 3, "strategy": "median", "federation": quiet,
+         "data": {"source": "phantoms", "sites": 5}}
+    )  # fmt: skip
+
+    def far(adapter):
+        update = {name: torch.full_like(value, 1e30) for name, value in adapter.items()}
+        return update, {"num-examples": 1, "train-loss": 0.1}
+
+    def scaled(adapter):
+        update = {name: torch.full_like(value, 1000.0) for name, value in adapter.items()}
+        return update, {"num-examples": 1, "train-loss": 0.1}
+
+    faults = {"b": {2: far}, "c": {1: scaled, 3: scaled}, "d": {3: DataError("SAM-D102", "x")}}
+    federation = fake_federation(config, sites)
+    state = run_in_process(
+        federation, [fake_site(name, config, instead=faults.get(name)) for name in sites]
+    )
+    summary, cases = make_summary(sites=tuple(sites), rounds=1, cases=10)
+    summary |= {"rounds": state.history, "strategy": "median", "adapter_of_round": 3}
+    folder = write_run(federation.run_dir, summary, cases)
+    page = assert_sound(write_report(folder).read_text(encoding="utf-8"))
+    assert "c sent updates up to 1 000 times as long as the round’s median (rounds 1, 3)." in (
+        page.text
+    )
+    for row in ("2 b refused: a moves by 1e+30", "3 b not asked: it rests", "3 d failed: SAM-D102"):
+        assert row in page.text
+    assert "resumed" not in page.text
+    assert "asked again" not in page.text  # three of five are enough
+
+
+# ---- what sites keep, and what they do not label ---------------------------------------------
+
+
+def test_fine_tuned_scores_stand_beside_the_federated_ones(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    summary["final"]["dice_per_site"] = {"A": 0.8, "B": 0.7, "C": 0.6, "D": 0.5}
+    summary["final"]["dice_mean"] = 0.65
+    summary["personal"] = {
+        "parts": ["mask_decoder.a", "mask_decoder.b"], "fine_tune_steps": 20, "dice_mean": 0.66,
+        "dice_per_site": {"A": 0.85, "B": 0.69, "C": 0.6, "D": None},
+    }  # fmt: skip
+    page = aggregation_page(tmp_path / "run", summary, cases, personal={"parts": ["decoder"]})
+    assert "2 trained tensors (decoder) never leave the site" in page.text
+    assert "after 20 further steps" in page.text
+    for row in ("A 0.800 0.850 +0.050", "B 0.700 0.690 −0.010", "C 0.600 0.600 0.000", "D 0.500 –"):
+        assert row in page.text
+    assert "All sites 0.650 0.660 +0.010" in page.text
+
+
+def test_personal_parts_without_fine_tuning_have_no_table(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    summary |= {"strategy": "fedsa", "personal": {"parts": ["x.lora_B"], "fine_tune_steps": 0}}
+    page = aggregation_page(tmp_path / "run", summary, cases, strategy="fedsa")
+    assert "1 trained tensor (lora_B) never leave" in page.text
+    assert "Fine-tuned" not in page.text
+
+
+def test_fine_tuned_scores_of_many_sites_are_folded(tmp_path):
+    names = tuple(f"site_{number:03d}" for number in range(30))
+    summary, cases = make_summary(sites=names, rounds=1, cases=60)
+    summary["personal"] = {
+        "parts": [], "fine_tune_steps": 5, "dice_mean": 0.9,
+        "dice_per_site": dict.fromkeys(names, 0.9),
+    }  # fmt: skip
+    html = write_report(write_run(tmp_path / "run", summary, cases)).read_text(encoding="utf-8")
+    assert_sound(html)
+    keep = html[html.index("What sites keep") : html.index("Examples</h2>")]
+    assert keep.index("<details>") < keep.index("site_000")
+
+
+def test_what_is_not_labelled_is_said_and_is_no_dash(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=12)
+    summary["final"]["unlabelled"] = {"B": ["posterior"], "D": ["anterior", "posterior"]}
+    summary["final"]["dice_per_site"]["D"] = None
+    for case in cases:
+        for name in summary["final"]["unlabelled"].get(case["site"], []):
+            case["scores"][name] = dict.fromkeys(("dice", "hd95_mm", "nsd"))
+        if case["site"] == "D":
+            case["dice_mean"] = None
+    page = report(tmp_path / "run", summary, cases)
+    assert "Not labelled at" in page.text
+    assert re.search(r"anterior 9 [\d. ]+ D posterior 6 [\d. ]+ B, D", page.text)
+    assert re.search(r"D 43 43 3 not labelled not labelled not labelled 2 / 2", page.text)
+    boxes = plots.score_boxes(summary, cases)
+    assert [plot.svg.count("not labelled<") for plot in boxes] == [1, 2]
+
+
+def test_a_class_that_nobody_labels_has_no_score(tmp_path):
+    summary, cases = make_summary(rounds=2, cases=8)
+    summary["final"]["unlabelled"] = {site: ["posterior"] for site in "ABCD"}
+    summary["final"]["dice_per_class"]["posterior"] = None
+    for case in cases:
+        case["scores"]["posterior"] = dict.fromkeys(("dice", "hd95_mm", "nsd"))
+    page = report(tmp_path / "run", summary, cases)
+    assert "posterior 0 not labelled not labelled not labelled A, B, C, D" in page.text
+
+
+# ---- the lines of `samaritan simulate` -------------------------------------------------------
+
+
+def test_the_line_of_a_round_tells_its_error_and_what_stands_out():
+    summary, _ = make_summary(rounds=1)
+    entry = combined(summary, lambda _: 0.0312, {"C": 500.0})["rounds"][1]
+    entry["sites"]["D"] |= {"status": "late: no answer in 9 s", "update_norm": None}
+    entry["rolled_back_to"] = 4
+    first, *notes = _round_line(entry, 3).splitlines()
+    assert "aggregation error 0.031, 33.0 s" in first
+    assert notes == [
+        "  D: late: no answer in 9 s",
+        "  C sent updates up to 1\u202f000 times as long as the round’s median (round 1).",
+        "  rolled back to the adapter of round 4",
+    ]
+    combined(summary)
+    del entry["rolled_back_to"]
+    assert "aggregation" not in _round_line(entry, 3)
+
+
+def test_the_last_lines_tell_the_kept_round_and_the_fine_tuned_score():
+    summary, _ = make_summary(rounds=3)
+    summary |= {"adapter_of_round": 2, "personal": {"dice_mean": 0.9, "oracle_prompts": "none"}}
+    summary["final"]["oracle_prompts"] = "none"
+    summary["baselines"] = None
+    assert _result_line(summary, "best").splitlines()[1:] == [
+        "  adapter of round 2, chosen by these same cases",
+        "  fine-tuned at each site: Dice 0.9000",
+    ]
+    assert len(_result_line(summary | {"personal": None}, "last").splitlines()) == 1
 
 
 # ---- files -----------------------------------------------------------------------------------

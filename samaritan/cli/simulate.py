@@ -68,7 +68,7 @@ def simulate(
     if as_json:
         print_json(summary)
         return
-    typer.echo(_result_line(summary))
+    typer.echo(_result_line(summary, settings.selection.keep))
     typer.echo(f"report: {run_dir / 'report.html'}")
 
 
@@ -86,20 +86,27 @@ def run_folder(out: Path | None, name: str, resume: bool) -> Path:
 
 
 def _round_line(entry: dict[str, Any], rounds: int) -> str:
+    from samaritan.report.aggregation import long_update_sentences
     from samaritan.report.facts import oracle_mark
 
     mark = oracle_mark(entry.get("oracle_prompts", "none"))
     dice = "not scored" if entry["dice_mean"] is None else f"Dice {entry['dice_mean']:.4f}{mark}"
     faults = {k: s["status"] for k, s in entry["sites"].items() if s["status"] != "ok"}
     losses = [s["train_loss"] for s in entry["sites"].values() if s["train_loss"] is not None]
+    error = entry["aggregation_error"]
+    known = "" if error is None else f"aggregation error {error:.2g}, "
     line = (
         f"round {entry['round']}/{rounds}: {dice}, loss {sum(losses) / len(losses):.3f}, "
-        f"{entry['seconds']:.1f} s"
+        f"{known}{entry['seconds']:.1f} s"
     )
-    return line + "".join(f"\n  {site}: {status}" for site, status in faults.items())
+    notes = [f"{site}: {status}" for site, status in faults.items()]
+    notes += long_update_sentences({"rounds": [entry]})
+    if "rolled_back_to" in entry:
+        notes.append(f"rolled back to the adapter of round {entry['rolled_back_to']}")
+    return "\n  ".join([line, *notes])
 
 
-def _result_line(summary: dict[str, Any]) -> str:
+def _result_line(summary: dict[str, Any], keep: str) -> str:
     from samaritan.report.facts import oracle_mark
 
     final = summary["final"]
@@ -110,6 +117,12 @@ def _result_line(summary: dict[str, Any]) -> str:
         f"NSD {final['nsd_mean']:.4f} over {final['cases']} validation cases"
         f"{oracle_mark(final['oracle_prompts'])}"
     )
+    if keep == "best":
+        line += f"\n  adapter of round {summary['adapter_of_round']}, chosen by these same cases"
+    personal = summary["personal"] or {}
+    if personal.get("dice_mean") is not None:
+        mark = oracle_mark(personal["oracle_prompts"])
+        line += f"\n  fine-tuned at each site: Dice {personal['dice_mean']:.4f}{mark}"
     for name, entry in (summary["baselines"] or {}).items():
         if isinstance(entry, dict) and entry["dice_mean"] is not None:
             mark = oracle_mark(entry["oracle_prompts"])

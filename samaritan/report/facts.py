@@ -41,16 +41,6 @@ class KeyFigure:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One kind of failure at one site and the rounds in which it happened."""
-
-    site: str
-    status: str
-    rounds: str
-    times: int
-
-
-@dataclass(frozen=True)
 class Method:
     """The federated run or a baseline, as one row of the comparison.
 
@@ -317,11 +307,15 @@ def _bases(summary: Json) -> str:
 
 
 def mean_bytes(summary: Json, key: str) -> float | None:
-    """Mean bytes of one message, over sites and training rounds."""
+    """Mean bytes of a site in a round that it trained in.
+
+    A site that failed, or only scored, sent next to nothing and would hide what an update costs.
+    """
     return mean(
         number(answer, key)
         for entry in training_rounds(summary)
         for answer in section(entry, "sites").values()
+        if number(answer, "train_loss") is not None
     )
 
 
@@ -372,32 +366,22 @@ def _training_seconds(summary: Json) -> float | None:
 
 
 def answers(summary: Json, site: str) -> tuple[int, int]:
-    """How often a site answered, as ``(answered, rounds)``."""
-    entries = training_rounds(summary)
-    good = sum(text(entry, "sites", site, "status") == "ok" for entry in entries)
-    return good, len(entries)
+    """How often a site answered, as ``(answered, asked)``."""
+    asked = [entry for entry in training_rounds(summary) if site in section(entry, "sites")]
+    good = sum(text(entry, "sites", site, "status") == "ok" for entry in asked)
+    return good, len(asked)
 
 
-def silent_entries(summary: Json) -> int:
-    """How many pairs of site and round carry no entry: the site was not asked."""
-    sites = site_names(summary)
-    return sum(
-        site not in section(entry, "sites") for entry in training_rounds(summary) for site in sites
-    )
+def unlabelled(summary: Json, name: str) -> list[str]:
+    """The sites that do not label a class."""
+    by_site = section(summary, "final", "unlabelled")
+    return [site for site, names in by_site.items() if isinstance(names, list) and name in names]
 
 
-def faults(summary: Json) -> list[Fault]:
-    """Every status other than ok, grouped by site and text."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for entry in training_rounds(summary):
-        for site in section(entry, "sites"):
-            status = text(entry, "sites", site, "status") or "no status recorded"
-            if status != "ok":
-                found.setdefault((site, status), []).append(int(number(entry, "round") or 0))
-    return [
-        Fault(site=site, status=status, rounds=units.ranges(where), times=len(where))
-        for (site, status), where in found.items()
-    ]
+def labels_nothing(summary: Json, site: str) -> bool:
+    """Whether a site labels none of the scored classes, so that it can have no score."""
+    declared = section(summary, "final", "dice_per_class")
+    return bool(declared) and all(site in unlabelled(summary, name) for name in declared)
 
 
 def flatten(value: Json, prefix: str = "") -> list[tuple[str, str]]:

@@ -18,13 +18,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from samaritan.files import write_atomically
-from samaritan.report import facts, plots, units
+from samaritan.report import aggregation, facts, plots, trouble, units
 from samaritan.report.folder import Overlay, RunFolder, read_run_folder
 
 Json = dict[str, Any]
 
 REPORT_NAME = "report.html"
 LOWEST_CASES = 5
+LOWEST_SITES = 10
 
 _HERE = Path(__file__).parent
 _EMPTY_RULE = (
@@ -72,6 +73,17 @@ class ClassRow:
     dice: str
     hd95_mm: str
     nsd: str
+    unlabelled: str
+
+
+@dataclass(frozen=True)
+class PersonalRow:
+    """One line of the table of fine-tuned adapters."""
+
+    name: str
+    federated: str
+    fine_tuned: str
+    gain: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def write_report(run_dir: Path) -> Path:
 
     Args:
         run_dir: A folder with ``summary.json`` and, if the run has them, ``config.yaml``,
-            ``cases.json``, ``overlays.json`` and ``overlays/``.
+            ``events.jsonl``, ``cases.json``, ``overlays.json`` and ``overlays/``.
 
     Returns:
         The path of the report.
@@ -99,7 +111,7 @@ def write_report(run_dir: Path) -> Path:
         StorageError: If there is no usable summary or the report cannot be written.
     """
     folder = read_run_folder(run_dir)
-    page = _template().render(_context(folder))
+    page = _template().render(_context(folder, trouble.read_events(run_dir / "events.jsonl")))
     path = run_dir / REPORT_NAME
     write_atomically(path, page.encode("utf-8"))
     return path
@@ -122,8 +134,9 @@ def _template() -> Template:
     return environment.get_template("template.html")
 
 
-def _context(folder: RunFolder) -> Json:
+def _context(folder: RunFolder, events: Sequence[Json]) -> Json:
     summary, cases = folder.summary, folder.cases
+    settings = aggregation.read_settings(folder.config_text)
     return {
         "style": Markup(_stylesheet()),  # noqa: S704  our own file
         "missing": units.MISSING,
@@ -134,7 +147,9 @@ def _context(folder: RunFolder) -> Json:
         **_result_context(summary, cases),
         **_figure_context(summary, cases),
         **_table_context(summary, cases),
-        **_run_context(folder),
+        **_aggregation_context(summary, settings),
+        **_personal_context(summary, settings),
+        **_run_context(folder, events),
         **_privacy_context(summary),
         "overlays": folder.overlays,
         "overlay_captions": [_overlay_caption(overlay) for overlay in folder.overlays],
@@ -159,6 +174,7 @@ def _result_context(summary: Json, cases: Sequence[Json]) -> Json:
 def _figure_context(summary: Json, cases: Sequence[Json]) -> Json:
     return {
         "legend": plots.site_legend(summary),
+        "median_legend": plots.LegendEntry("median of the round", "--ink", thick=True),
         "mean_legend": plots.LegendEntry("mean of the run", "--ink", thick=True),
         "dice_curves": plots.dice_curves(summary),
         "loss_curves": plots.loss_curves(summary),
@@ -168,7 +184,8 @@ def _figure_context(summary: Json, cases: Sequence[Json]) -> Json:
         "traffic_bars": plots.traffic_bars(summary),
         "has_round_zero": len(facts.rounds(summary)) > len(facts.training_rounds(summary)),
         "many_sites": len(facts.site_names(summary)) > plots.MAX_NAMED_SITES,
-        "max_rows": plots.MAX_ROWS if _is_cut(summary, cases) else 0,
+        "is_cut": _is_cut(summary, cases),
+        "max_class_rows": plots.MAX_CLASS_ROWS,
         "box_minimum": plots.MIN_CASES_FOR_BOX,
         "max_points": plots.MAX_POINTS,
         "crowded": len(cases) * max(1, len(facts.class_names(summary, cases))) > plots.MAX_POINTS,
@@ -176,14 +193,18 @@ def _figure_context(summary: Json, cases: Sequence[Json]) -> Json:
 
 
 def _is_cut(summary: Json, cases: Sequence[Json]) -> bool:
-    rows = max(len(facts.site_names(summary)), len(facts.class_names(summary, cases)))
-    return rows > plots.MAX_ROWS
+    sites, names = facts.site_names(summary), facts.class_names(summary, cases)
+    return len(sites) > plots.MAX_SITE_ROWS or len(names) > plots.MAX_CLASS_ROWS
 
 
 def _table_context(summary: Json, cases: Sequence[Json]) -> Json:
     methods = facts.methods(summary)
+    sites = facts.site_names(summary)
     return {
-        "site_rows": [_site_row(summary, cases, site) for site in facts.site_names(summary)],
+        "site_rows": [_site_row(summary, cases, site) for site in sites],
+        "lowest_sites": [_site_row(summary, cases, site) for site in _lowest_sites(summary)],
+        "max_site_rows": plots.MAX_SITE_ROWS,
+        "partial_labels": bool(facts.section(summary, "final", "unlabelled")),
         "site_total": _total_row(summary),
         "class_rows": [
             _class_row(summary, cases, name) for name in facts.class_names(summary, cases)
@@ -201,11 +222,50 @@ def _table_context(summary: Json, cases: Sequence[Json]) -> Json:
     }
 
 
-def _run_context(folder: RunFolder) -> Json:
+def _aggregation_context(summary: Json, settings: Json) -> Json:
+    return {
+        "cautions": [
+            sentence
+            for sentence in (
+                aggregation.selection_sentence(summary, settings),
+                *aggregation.long_update_sentences(summary),
+            )
+            if sentence
+        ],
+        "strategy_rows": aggregation.strategy_rows(summary, settings),
+        "norm_curves": plots.norm_curves(summary),
+        "error_curve": plots.error_curve(summary),
+        "error_sentence": aggregation.error_sentence(summary, settings),
+        "seconds_sentence": aggregation.seconds_sentence(summary),
+        "long_update": aggregation.LONG_UPDATE,
+    }
+
+
+def _personal_context(summary: Json, settings: Json) -> Json:
+    personal = facts.section(summary, "personal")
+    parts = personal.get("parts")
+    return {
+        "personal_tensors": len(parts) if isinstance(parts, list) else 0,
+        "personal_kinds": aggregation.personal_kinds(summary, settings),
+        "fine_tune_steps": facts.number(personal, "fine_tune_steps") or 0,
+        "personal_rows": [
+            _personal_row(summary, site) for site in facts.section(personal, "dice_per_site")
+        ],
+        "personal_total": PersonalRow(
+            "All sites",
+            *_beside(
+                facts.number(summary, "final", "dice_mean"), facts.number(personal, "dice_mean")
+            ),
+        ),
+    }
+
+
+def _run_context(folder: RunFolder, events: Sequence[Json]) -> Json:
     summary = folder.summary
     return {
-        "faults": facts.faults(summary),
-        "silent_entries": facts.silent_entries(summary),
+        "troubles": trouble.troubles(summary, events),
+        "has_events": bool(events),
+        "silent_entries": trouble.silent_entries(summary),
         "trained_rounds": len(facts.training_rounds(summary)),
         "config_text": folder.config_text,
         "environment": _environment(summary),
@@ -264,17 +324,43 @@ def _site_row(summary: Json, cases: Sequence[Json], site: str) -> SiteRow:
     entry = facts.section(summary, "sites", site)
     own = facts.cases_of(cases, site)
     dice = facts.number(summary, "final", "dice_per_site", site)
-    good, rounds = facts.answers(summary, site)
+    unscored = units.NOT_LABELLED if facts.labels_nothing(summary, site) else ""
+    good, asked = facts.answers(summary, site)
     return SiteRow(
         name=site,
         train_cases=units.count(facts.number(entry, "train_cases")),
         train_subjects=units.count(facts.number(entry, "train_subjects")),
         val_cases=units.count(facts.number(entry, "val_cases")),
-        dice=units.score(dice),
-        hd95_mm=units.millimetres(facts.mean(facts.case_values(own, "hd95_mm"))),
-        nsd=units.score(facts.mean(facts.case_values(own, "nsd"))),
-        answered=f"{good} / {rounds}" if rounds else units.MISSING,
+        dice=unscored or units.score(dice),
+        hd95_mm=unscored or units.millimetres(facts.mean(facts.case_values(own, "hd95_mm"))),
+        nsd=unscored or units.score(facts.mean(facts.case_values(own, "nsd"))),
+        answered=f"{good} / {asked}" if asked else "not asked",
     )
+
+
+def _lowest_sites(summary: Json) -> list[str]:
+    """The sites with the lowest Dice, of more than a table holds; otherwise none."""
+    dice = facts.numbers(facts.section(summary, "final", "dice_per_site"))
+    if len(facts.site_names(summary)) <= plots.MAX_SITE_ROWS:
+        return []
+    return sorted(dice, key=dice.__getitem__)[:LOWEST_SITES]
+
+
+def _personal_row(summary: Json, site: str) -> PersonalRow:
+    if facts.labels_nothing(summary, site):
+        return PersonalRow(site, units.NOT_LABELLED, units.NOT_LABELLED, "")
+    return PersonalRow(
+        site,
+        *_beside(
+            facts.number(summary, "final", "dice_per_site", site),
+            facts.number(summary, "personal", "dice_per_site", site),
+        ),
+    )
+
+
+def _beside(federated: float | None, fine_tuned: float | None) -> tuple[str, str, str]:
+    gain = None if federated is None or fine_tuned is None else fine_tuned - federated
+    return units.score(federated), units.score(fine_tuned), units.signed(gain)
 
 
 def _total_row(summary: Json) -> SiteRow:
@@ -303,12 +389,17 @@ def _site_sum(summary: Json, key: str) -> str:
 def _class_row(summary: Json, cases: Sequence[Json], name: str) -> ClassRow:
     values = facts.class_values(cases, name)
     dice = facts.number(summary, "final", "dice_per_class", name)
+    unlabelled = facts.unlabelled(summary, name)
+    everywhere = set(unlabelled) >= set(facts.section(summary, "final", "dice_per_site"))
+    unscored = units.NOT_LABELLED if unlabelled and everywhere else ""
     return ClassRow(
         name=name,
         scored_cases=units.count(len(values)) if cases else units.MISSING,
-        dice=units.score(dice if dice is not None else facts.mean(values)),
-        hd95_mm=units.millimetres(facts.mean(facts.class_values(cases, name, "hd95_mm"))),
-        nsd=units.score(facts.mean(facts.class_values(cases, name, "nsd"))),
+        dice=unscored or units.score(dice if dice is not None else facts.mean(values)),
+        hd95_mm=unscored
+        or units.millimetres(facts.mean(facts.class_values(cases, name, "hd95_mm"))),
+        nsd=unscored or units.score(facts.mean(facts.class_values(cases, name, "nsd"))),
+        unlabelled=units.names(unlabelled) or units.MISSING,
     )
 
 

@@ -29,25 +29,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from samaritan.report import facts, units
+from samaritan.report import aggregation, facts, units
 
 Json = dict[str, Any]
 
 INK, MUTED, RULE, PAPER = "#1a1c1e", "#6a6f75", "#d9d8d3", "#fefefc"
+NOTE = "#8a5a00"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MAX_NAMED_SITES = len(SERIES)
 MAX_FACET_CLASSES = 6
 MAX_FACET_SITES = 12
-MAX_ROWS = 64
+MAX_SITE_ROWS = 20
+MAX_CLASS_ROWS = 64
 MAX_POINTS = 2000
 MIN_CASES_FOR_BOX = 5
+MAX_RINGED_NAMES = 6
 
-_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"} | {
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper", NOTE: "--note"} | {
     colour: f"--series-{position}" for position, colour in enumerate(SERIES, start=1)
 }
 _WIDTH_IN = 5.2
 _LABEL_LENGTH = 26
+_WIDE_RANGE = 30
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -124,12 +128,13 @@ class SiteStyle:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a box or dot plot: a name, its values and a colour."""
+    """One row of a box or dot plot: a name, its values and a colour, or why there are none."""
 
     label: str
     values: tuple[float, ...]
     colour: str
     marker: str = "o"
+    remark: str = ""
 
 
 def site_styles(summary: Json) -> dict[str, SiteStyle]:
@@ -210,11 +215,15 @@ def _draw_sites(
     site_points: Mapping[str, tuple[list[int], list[float]]],
     styles: Mapping[str, SiteStyle],
 ) -> None:
+    rounds = {number for xs, _ in site_points.values() for number in xs}
     for site, (xs, ys) in site_points.items():
         style = styles[site]
+        # A site that is asked now and then has points: a line would show rounds it never had.
+        seldom = len(xs) < len(rounds) / 2
         axes.plot(
             xs, ys, color=style.colour, linewidth=style.width, alpha=style.opacity,
-            marker=style.marker or _single(xs), zorder=style.order, markeredgewidth=0,
+            marker=style.marker or ("o" if seldom else _single(xs)), zorder=style.order,
+            linestyle="" if seldom else "-", markeredgewidth=0,
         )  # fmt: skip
 
 
@@ -250,9 +259,10 @@ def score_boxes(summary: Json, cases: Sequence[Json]) -> list[Plot]:
 
 def _class_rows(summary: Json, cases: Sequence[Json], name: str) -> list[Row]:
     styles = site_styles(summary)
+    unlabelled = facts.unlabelled(summary, name)
     return [
         Row(site, tuple(facts.class_values(facts.cases_of(cases, site), name)), style.colour,
-            style.marker or "o")
+            style.marker or "o", units.NOT_LABELLED if site in unlabelled else "")
         for site, style in styles.items()
     ]  # fmt: skip
 
@@ -264,19 +274,19 @@ def _site_rows(summary: Json, cases: Sequence[Json]) -> list[Row]:
             style.marker or "o")
         for site, style in styles.items()
     ]  # fmt: skip
-    return _lowest(rows)
+    return _lowest(rows, MAX_SITE_ROWS)
 
 
 def _pooled_rows(names: Sequence[str], cases: Sequence[Json]) -> list[Row]:
     rows = [Row(name, tuple(facts.class_values(cases, name)), SERIES[0]) for name in names]
-    return _lowest(rows)
+    return _lowest(rows, MAX_CLASS_ROWS)
 
 
-def _lowest(rows: Sequence[Row]) -> list[Row]:
-    """The rows with values, highest median first; of very many only the lowest."""
+def _lowest(rows: Sequence[Row], most: int) -> list[Row]:
+    """The rows with values, highest median first; of more than `most` the lowest."""
     known = [row for row in rows if row.values]
     ordered = sorted(known, key=lambda row: float(np.median(row.values)), reverse=True)
-    return ordered[-MAX_ROWS:]
+    return ordered[-most:]
 
 
 def _box_panel(name: str, title: str, rows: Sequence[Row], limits: tuple[float, float]) -> Plot:
@@ -285,6 +295,9 @@ def _box_panel(name: str, title: str, rows: Sequence[Row], limits: tuple[float, 
     with _figure(name, height) as (figure, axes):
         for position, row in enumerate(rows):
             _draw_row(axes, position, row, points=points)
+            if row.remark:
+                axes.text(limits[0], position, f"  {row.remark}", va="center", fontsize=8.5,
+                          color=MUTED)  # fmt: skip
         axes.set_xlim(*limits)
         axes.set_xlabel("Dice (3-D)")
         axes.set_title(units.shorten(title, 48))
@@ -358,7 +371,8 @@ def gain_by_site(summary: Json) -> Plot | None:
     sites = [site for site in federated if site in alone]
     if not sites:
         return None
-    sites = sorted(sites, key=lambda site: federated[site] - alone[site], reverse=True)[-MAX_ROWS:]
+    sites = sorted(sites, key=lambda site: federated[site] - alone[site], reverse=True)
+    sites = sites[-MAX_SITE_ROWS:]
     pitch = 0.36 if len(sites) <= MAX_FACET_SITES else 0.2
     with _figure("gain", 0.85 + pitch * len(sites)) as (figure, axes):
         for position, site in enumerate(sites):
@@ -378,6 +392,62 @@ def gain_by_site(summary: Json) -> Plot | None:
         axes.set_title("By site: alone (open), federated (filled)")
         _name_rows(axes, sites)
         return _finish(figure, "gain", "Dice per site, alone and federated")
+
+
+def norm_curves(summary: Json) -> Plot | None:
+    """Length of each site's update by round, with a ring around those that are out of line."""
+    site_points = aggregation.update_norms(summary)
+    values = [value for _, ys in site_points.values() for value in ys if value > 0]
+    if not values:
+        return None
+    medians = aggregation.median_norms(summary)
+    with _figure("norms", 3.3) as (figure, axes):
+        if max(values) > _WIDE_RANGE * min(values):
+            axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_ylim(min(values) / 2, max(values) * 4)
+        else:
+            axes.set_ylim(0, 1.15 * max(values))
+        _draw_sites(axes, site_points, site_styles(summary))
+        axes.plot(list(medians), list(medians.values()), color=INK, linewidth=2.4, zorder=1.9,
+                  marker=_single(list(medians)))  # fmt: skip
+        _ring_long_updates(axes, summary, site_points)
+        axes.set_ylabel("Length of the update")
+        _round_axis(axes)
+        return _finish(figure, "norms", "Length of the sites' updates over the rounds")
+
+
+def _ring_long_updates(
+    axes: Any, summary: Json, site_points: Mapping[str, tuple[list[int], list[float]]]
+) -> None:
+    for position, entry in enumerate(aggregation.long_updates(summary)):
+        norms = dict(zip(*site_points[entry.site], strict=True))
+        heights = [norms[number] for number in entry.rounds]
+        axes.plot(
+            entry.rounds, heights, linestyle="", marker="o", markersize=11, zorder=5,
+            markerfacecolor="none", markeredgecolor=NOTE, markeredgewidth=1.8,
+        )  # fmt: skip
+        if position < MAX_RINGED_NAMES:
+            axes.annotate(
+                _label(entry.site), (entry.rounds[0], heights[0]), xytext=(0, 8), ha="left",
+                textcoords="offset points", fontsize=9, fontweight="bold", color=NOTE,
+            )  # fmt: skip
+
+
+def error_curve(summary: Json) -> Plot | None:
+    """Aggregation error by round; nothing where it is rounding."""
+    errors = aggregation.errors(summary)
+    if aggregation.is_exact(summary):
+        return None
+    with _figure("error", 3.3) as (figure, axes):
+        axes.plot(
+            list(errors), list(errors.values()), color=INK, linewidth=1.8, marker="o", markersize=4
+        )
+        axes.set_ylim(0, 1.15 * max(errors.values()))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.set_ylabel("Aggregation error (relative)")
+        _round_axis(axes)
+        return _finish(figure, "error", "Aggregation error over the rounds")
 
 
 def traffic_bars(summary: Json) -> Plot | None:
@@ -402,6 +472,8 @@ def traffic_bars(summary: Json) -> Plot | None:
             axes.text(1.0, height, words, transform=axes.transAxes, ha="right", fontsize=8.5,
                       va="top" if height > 0.5 else "bottom", color=MUTED)  # fmt: skip
         axes.margins(y=0.18)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -0.15 * high), max(high, -0.15 * low))
         return _finish(figure, "traffic", "Bytes per round")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MISSING = "–"
+NOT_LABELLED = "not labelled"
 MINUS = "−"
 THIN_SPACE = "\u202f"
 
@@ -103,6 +104,13 @@ def ranges(numbers: Sequence[int]) -> str:
         parts.append(str(first) if first == last else f"{first}–{last}")
         start = position
     return ", ".join(parts)
+
+
+def names(items: Sequence[str], most: int = 6) -> str:
+    """``a, b, c``; of many the first ones and how many more there are."""
+    if len(items) <= most:
+        return ", ".join(items)
+    return f"{', '.join(items[:most])} and {count(len(items) - most)} more"
 
 
 def shorten(text: str, length: int) -> str:

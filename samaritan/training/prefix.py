@@ -42,7 +42,7 @@ _FORMAT = 1
 _NOT_IN_THE_KEY = {
     "slices_per_case", "batch_size", "learning_rate", "weight_decay", "warmup_steps",
     "final_lr_fraction", "dice_weight", "clip_norm", "prompts", "precision", "recompute",
-    "prefix_cache_mb", "cached_views",
+    "prefix_cache_mb", "cached_views", "proximal_mu", "scaffold",
 }  # fmt: skip
 """Settings that decide no view, or do so through the model's precision. A setting that is missing
 here costs computing entries anew; one that is wrongly here would give entries that are wrong."""
