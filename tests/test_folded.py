@@ -242,7 +242,7 @@ def test_factors_that_do_not_meet_or_are_too_large_are_refused(adapted_mini: Bui
         ("SAM-C214", {"strategy": "fedex", "model": {"frozen_precision": "bf16"}}),
         ("SAM-C214", {"strategy": "flora", "model": {"frozen_precision": "bf16"}}),
         ("SAM-C215", {"strategy": "fedex", "peft": {"variant": "dora"}}),
-        ("SAM-C215", {"strategy": "flora", "peft": {"variant": "dora"}}),
+        ("SAM-C229", {"strategy": "flora", "peft": {"variant": "dora"}}),
         ("SAM-C215", {"strategy": "fedex", "peft": {"preset": "lora-decoder"}}),
         ("SAM-C216", {"strategy": "svd", "peft": {"preset": "partial-decoder"}}),
         ("SAM-C216", {"strategy": "fedex", "peft": {"preset": "decoder-only"}}),
