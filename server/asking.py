@@ -163,8 +163,9 @@ class Asking:
         for site, message in self._ask(sites, MessageType.TRAIN):
             expected = self._expected(site)
             reply, delta = read_train_reply(message, expected)
-            self._arrived(site, message)
-            if reply.status.startswith("late"):
+            late = reply.status.startswith("late")
+            self._arrived(site, message, not late)
+            if late:
                 self.post.event(
                     "late_reply", round=self.instruction.server_round, site=site,
                     status=reply.status,
@@ -220,9 +221,9 @@ class Asking:
             if reply.metadata.src_node_id in names:
                 yield names[reply.metadata.src_node_id], reply
 
-    def _arrived(self, site: str, message: Message) -> None:
+    def _arrived(self, site: str, message: Message, of_this_round: bool = True) -> None:
         self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
-        if not message.has_error():
+        if of_this_round and not message.has_error():
             self.post.delivery.arrived(site)
 
     def _timeout_s(self, sites: int) -> float:

@@ -293,7 +293,7 @@ HARMLESS: dict[str, Any] = {
     "slices_per_case": 3, "batch_size": 2, "learning_rate": 0.1, "weight_decay": 0.5,
     "warmup_steps": 0, "final_lr_fraction": 0.5, "dice_weight": 0.1, "clip_norm": 2.0,
     "prompts": "box", "precision": "auto", "recompute": True, "prefix_cache_mb": 7,
-    "cached_views": 9,
+    "cached_views": 9, "proximal_mu": 0.1, "scaffold": True,
 }  # fmt: skip
 
 
