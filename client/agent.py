@@ -81,7 +81,7 @@ class SiteAgent:
         begun = time.monotonic()
         self._check(instruction)
         received = self.exchange.receive(payload, instruction)
-        notes = self.memory.recall(before=instruction.server_round)
+        notes = self.memory.recall(instruction.used_round)
         start = self._adapter(received, notes.get("personal", {}))
         roles = shares(self.config, self.initial, instruction.server_round)
         own_control = notes.get("control", {})
@@ -112,7 +112,7 @@ class SiteAgent:
         update, left_out = self.exchange.send(delta, notes.get("left_out", {}), instruction)
         kept = {k: v for k, v in (kept | {"left_out": left_out}).items() if v}
         if kept:
-            self.memory.remember(instruction.server_round, kept)
+            self.memory.remember(instruction.server_round, kept, instruction.used_round)
         metrics: Metrics = {
             "num-examples": len(self.train_cases),
             "train-loss": result.loss,
@@ -133,7 +133,7 @@ class SiteAgent:
         begun = time.monotonic()
         self._check(instruction)
         received = self.exchange.receive(payload, instruction)
-        self.model.load(self.personalised(received, instruction.server_round))
+        self.model.load(self.personalised(received, instruction.used_round))
         results = evaluate_cases(
             self.model.segmenter, self.cache, self.val_cases, self.config.evaluation
         )
@@ -144,9 +144,9 @@ class SiteAgent:
         }
         return metrics if dice is None else metrics | {"dice": dice}
 
-    def personalised(self, adapter: AdapterState, server_round: int) -> AdapterState:
+    def personalised(self, adapter: AdapterState, used_round: int) -> AdapterState:
         """An adapter of the server with what the site kept for itself up to a round."""
-        notes = self.memory.recall(before=server_round + 1)
+        notes = self.memory.recall(used_round)
         return self._adapter(adapter, notes.get("personal", {}))
 
     def fine_tune(self, adapter: AdapterState, steps: int) -> AdapterState:

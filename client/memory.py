@@ -1,7 +1,8 @@
 """What a site keeps for itself between rounds: personal tensors, what a codec left out, and so on.
 
-One file per round. A server that lost a round asks for it again, and the site then goes on from
-what it knew before that round; the result is the same as if nothing had happened.
+One file per round. The server names the last round of which it used the site's update, and the site
+goes on from its notes of that round: after a round that the server lost, and after an update that
+did not arrive or was refused, the result is as if it had never been made.
 """
 
 from __future__ import annotations
@@ -32,37 +33,42 @@ class Memory:
 
     Attributes:
         folder: Holds one file per round.
-        keep_all: Keep every round's notes instead of the last two.
+        keep_all: Keep the notes of every round that was used, instead of the last two.
     """
 
     folder: Path
     keep_all: bool = False
 
-    def recall(self, before: int) -> Notes:
-        """The notes of the last round before the given one; empty when there are none."""
+    def recall(self, used_round: int) -> Notes:
+        """The notes of that round or the last before it; empty when there are none."""
         for number, path in sorted(self._files().items(), reverse=True):
-            if number < before:
+            if number <= used_round:
                 try:
                     return _unflatten(_read(path))
                 except (OSError, ValueError, SafetensorError):
                     _log.warning("%s is damaged; the notes before it are used", path)
         return {}
 
-    def remember(self, server_round: int, notes: Notes) -> None:
+    def remember(self, server_round: int, notes: Notes, used_round: int) -> None:
         """Writes the notes of a round, whole or not at all.
+
+        Args:
+            server_round: Its number.
+            notes: What to keep.
+            used_round: The round whose notes these follow; later ones led nowhere. The one before
+                it is kept too, for a server that falls back to an older checkpoint.
 
         Raises:
             StorageError: When the disk is full or not writable.
         """
-        for number, path in self._files().items():
-            if number > server_round:  # a round the server lost
-                path.unlink(missing_ok=True)
+        files = self._files()
+        for number in [number for number in files if number > used_round]:
+            files.pop(number).unlink(missing_ok=True)
         tensors = _flatten(notes)
         write_atomically(
             self.folder / f"round_{server_round:05d}.safetensors",
             save(tensors, {"sha256": state_sha256(tensors)}),
         )
-        files = self._files()
         for number in () if self.keep_all else sorted(files)[:-_KEPT]:
             files[number].unlink(missing_ok=True)
 

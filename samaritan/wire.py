@@ -36,6 +36,8 @@ class Instruction:
         state_sha256: Of the state to work on, which the site has after reading the payload.
         reference_sha256: Of the state the payload is to be added to; empty where the payload is the
             whole state, or where there is none because the site has the state already.
+        used_round: The last round in which an update of this site was used, 0 for none. The site
+            goes on from what it noted then: an update that was lost or refused has taken nothing.
     """
 
     server_round: int
@@ -45,6 +47,7 @@ class Instruction:
     timeout_s: float
     state_sha256: str = ""
     reference_sha256: str = ""
+    used_round: int = 0
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -16,7 +16,7 @@ from samaritan.errors import FederationError
 from samaritan.shares import CONTROL, shares
 from samaritan.wire import Instruction, content, message_bytes
 from server.delivery import Delivery
-from server.judgement import History, last_update
+from server.judgement import History, last_used
 from strategies.replies import Expected, Reply, read_evaluate_reply, read_train_reply
 from strategies.update import Update
 
@@ -203,6 +203,7 @@ class Asking:
         messages = []
         for site in sites:
             payload, instruction = post.delivery.address(site, self.instruction)
+            instruction = replace(instruction, used_round=self._used_round(site))
             message = Message(
                 content(payload, instruction.record()),
                 message_type=kind,
@@ -245,8 +246,13 @@ class Asking:
             state.sha256,
             {name: tuple(state.state[name].shape) for name in sorted(names)},
             config.wire.up,
-            last_update(self.history, site) if names else "",  # of nothing there is only one
+            last_used(self.history, site)[1] if names else "",  # of nothing there is only one
         )
+
+    def _used_round(self, site: str) -> int:
+        if site in self.trained and self.trained[site].ok:
+            return self.instruction.server_round
+        return last_used(self.history, site)[0]
 
     def _weight(self, site: str, reply: Reply) -> float:
         weighting = self.post.config.federation.weighting

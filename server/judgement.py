@@ -59,9 +59,9 @@ def has_fallen(history: History, drop: float | None) -> bool:
     return bool(history[-1]["dice_mean"] < best[1] - drop)
 
 
-def last_update(history: History, site: str) -> str:
-    """Hash of the last update of a site that was used; empty when there was none."""
+def last_used(history: History, site: str) -> tuple[int, str]:
+    """Round and hash of the last update of a site that was used; 0 and empty for none."""
     for entry in reversed(history):
         if found := entry["sites"].get(site, {}).get("update_sha256"):
-            return str(found)
-    return ""
+            return int(entry["round"]), str(found)
+    return 0, ""

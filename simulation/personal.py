@@ -11,6 +11,7 @@ from samaritan.models.adapter import AdaptedModel, AdapterState, save_adapter
 from samaritan.shares import shares
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from server.checkpoints import Checkpoint
+from server.judgement import last_used
 from simulation.study import Study
 
 ADAPTER = "adapter"
@@ -18,7 +19,11 @@ ADAPTER = "adapter"
 
 def own_adapters(agents: Sequence[SiteAgent], state: Checkpoint) -> dict[str, AdapterState]:
     """The adapter of each site after the last round, personal parts in their place."""
-    return {agent.site: agent.personalised(state.adapter, state.server_round) for agent in agents}
+    history = [entry for entry in state.history if entry["round"] <= state.server_round]
+    return {
+        agent.site: agent.personalised(state.adapter, last_used(history, agent.site)[0])
+        for agent in agents
+    }
 
 
 def personal_results(

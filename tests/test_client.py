@@ -235,7 +235,9 @@ def test_what_a_codec_leaves_out_is_sent_the_next_time(agent, training):
     config = parse_config({"rounds": 3, "wire": {"up": {"top_k": 0.3}}})
     made, sums = agent(config), torch.zeros(3)
     for number in (1, 2, 3):
-        asked = instruction(config_sha256=config_sha256(config), server_round=number)
+        asked = instruction(
+            config_sha256=config_sha256(config), server_round=number, used_round=number - 1
+        )
         payload, _ = made.train(None, asked)
         update, _ = decode(payload, {"a": (3,)})
         assert update["a"].count_nonzero() == 1
@@ -243,12 +245,22 @@ def test_what_a_codec_leaves_out_is_sent_the_next_time(agent, training):
     assert sums.tolist() == [0.0, 4.0, 9.0]  # of 3, 6 and 9: what was left of 2 came in round 2
 
 
+def test_what_was_left_out_of_an_update_that_was_not_used_waits(agent, training):
+    config = parse_config({"rounds": 3, "wire": {"up": {"top_k": 0.3}}})
+    made, sha256, updates = agent(config), config_sha256(config), []
+    for number, used in ((1, 0), (2, 1), (3, 1)):  # the update of round 2 does not arrive
+        asked = instruction(config_sha256=sha256, server_round=number, used_round=used)
+        updates.append(decode(made.train(None, asked)[0], {"a": (3,)})[0]["a"].tolist())
+    assert updates == [[0.0, 0.0, 3.0], [0.0, 4.0, 0.0], [0.0, 4.0, 0.0]]
+
+
 def test_a_round_asked_for_again_begins_from_the_same_notes(agent, training):
     config = parse_config({"rounds": 3, "wire": {"up": {"top_k": 0.3}}})
     made, sha256 = agent(config), config_sha256(config)
     made.train(None, instruction(config_sha256=sha256))
     second = [
-        made.train(None, instruction(config_sha256=sha256, server_round=2))[0] for _ in range(2)
+        made.train(None, instruction(config_sha256=sha256, server_round=2, used_round=1))[0]
+        for _ in range(2)
     ]
     assert second[0] == second[1]
 
@@ -258,7 +270,7 @@ def test_personal_tensors_stay_and_go_on(agent, training):
     made, sha256 = agent(config), config_sha256(config)
     empty = replace(made, exchange=replace(made.exchange, beginning={}))
     for number in (1, 2):
-        asked = instruction({}, config_sha256=sha256, server_round=number)
+        asked = instruction({}, config_sha256=sha256, server_round=number, used_round=number - 1)
         payload, _ = empty.train(None, asked)
         assert decode(payload, {})[0] == {}
     assert made.model.held["a"].tolist() == [2.0, 4.0, 6.0]
@@ -271,39 +283,59 @@ def notes(value):
     return {"personal": {"a": torch.full((2,), float(value))}, "left_out": {"b": torch.ones(1)}}
 
 
+def remember(memory, *rounds):
+    """Notes of these rounds, each after the one before was used."""
+    for used, number in zip((0, *rounds), rounds, strict=False):
+        memory.remember(number, notes(number), used)
+
+
+def recalled(memory, used):
+    return memory.recall(used)["personal"]["a"].tolist()
+
+
+def rounds_kept(memory):
+    return sorted(int(path.stem[-5:]) for path in memory.folder.iterdir())
+
+
 def test_notes_come_back_by_round(tmp_path):
     memory = Memory(tmp_path / "site")
-    assert memory.recall(before=1) == {}
-    for number in (1, 2, 3):
-        memory.remember(number, notes(number))
-    assert memory.recall(before=9)["personal"]["a"].tolist() == [3.0, 3.0]
-    assert memory.recall(before=3)["personal"]["a"].tolist() == [2.0, 2.0]
-    assert memory.recall(before=3)["left_out"]["b"].tolist() == [1.0]
-    assert memory.recall(before=2) == {}  # the last two are kept
-    assert len(list(memory.folder.iterdir())) == 2
+    assert memory.recall(0) == {}
+    remember(memory, 1, 2, 5, 6)
+    assert recalled(memory, 6) == [6.0, 6.0]
+    assert recalled(memory, 5) == [5.0, 5.0]
+    assert recalled(memory, 4) == [2.0, 2.0]  # round 4 did not ask this site
+    assert memory.recall(2)["left_out"]["b"].tolist() == [1.0]
+    assert memory.recall(1) == {}
+    assert rounds_kept(memory) == [2, 5, 6]  # the last, the one it follows, and one before
 
 
 def test_a_round_the_server_lost_is_forgotten_when_it_is_done_again(tmp_path):
     memory = Memory(tmp_path)
-    for number in (4, 5, 6):
-        memory.remember(number, notes(number))
-    memory.remember(5, notes(50))
-    assert memory.recall(before=7)["personal"]["a"].tolist() == [50.0, 50.0]
-    assert [p.name for p in memory.folder.iterdir()] == ["round_00005.safetensors"]
+    remember(memory, 3, 4, 5, 6)
+    memory.remember(6, notes(60), used_round=4)
+    assert recalled(memory, 6) == [60.0, 60.0]
+    assert rounds_kept(memory) == [4, 6]
+
+
+def test_notes_of_updates_that_were_not_used_lead_nowhere(tmp_path):
+    memory = Memory(tmp_path)
+    remember(memory, 1, 2)
+    for number in (3, 4, 5):
+        assert recalled(memory, 2) == [2.0, 2.0]
+        memory.remember(number, notes(number), used_round=2)
+        assert rounds_kept(memory) == [1, 2, number]
 
 
 def test_all_notes_are_kept_where_a_former_round_may_be_chosen(tmp_path):
     memory = Memory(tmp_path, keep_all=True)
-    for number in range(1, 6):
-        memory.remember(number, notes(number))
-    assert memory.recall(before=2)["personal"]["a"].tolist() == [1.0, 1.0]
+    remember(memory, 1, 2, 3, 4, 5)
+    assert recalled(memory, 1) == [1.0, 1.0]
 
 
 def test_damaged_notes_are_passed_over_and_said(tmp_path, caplog):
     memory = Memory(tmp_path)
-    memory.remember(1, notes(1))
-    memory.remember(2, notes(2))
+    remember(memory, 1, 2)
     (tmp_path / "round_00002.safetensors").write_bytes(b"torn")
     with caplog.at_level(logging.WARNING, "samaritan.site"):
-        assert memory.recall(before=3)["personal"]["a"].tolist() == [1.0, 1.0]
+        assert recalled(memory, 2) == [1.0, 1.0]
     assert "damaged" in caplog.text

@@ -666,7 +666,7 @@ def test_a_full_disk_at_one_site_stops_that_site_alone_with_its_code(run, fake_s
         def train(self, payload, instruction):
             answer = super().train(payload, instruction)
             if instruction.server_round == 2:
-                memory.remember(2, {"left_out": {"a": torch.ones(1)}})
+                memory.remember(2, {"left_out": {"a": torch.ones(1)}}, 1)
             return answer
 
     config = config_of()
@@ -800,3 +800,24 @@ def test_sites_that_keep_everything_for_themselves_send_nothing_and_go_on(
     state = run_in_process(fake_federation(config, SITES), [Private(n, config) for n in SITES])
     assert all(statuses(state, name) == ["ok"] * 3 for name in SITES)
     assert level(state) == 0.0
+
+
+def test_a_site_is_told_which_of_its_rounds_was_used(run, fake_site):
+    told = []
+
+    class Told(fake_site):
+        def train(self, payload, instruction):
+            told.append(("train", instruction.server_round, instruction.used_round))
+            return super().train(payload, instruction)
+
+        def evaluate(self, payload, instruction):
+            told.append(("evaluate", instruction.server_round, instruction.used_round))
+            return super().evaluate(payload, instruction)
+
+    config = config_of(3)
+    run(config, Told("c", config, instead={2: huge}))
+    assert told == [
+        ("train", 1, 0), ("evaluate", 1, 1),
+        ("train", 2, 1), ("evaluate", 2, 1),  # refused: what it noted in round 2 leads nowhere
+        ("train", 3, 1), ("evaluate", 3, 3),
+    ]  # fmt: skip

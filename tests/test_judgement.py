@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.judgement import best_round, has_fallen, last_update, on_plateau, quarantined
+from server.judgement import best_round, has_fallen, last_used, on_plateau, quarantined
 
 
 def history(*statuses, site="a"):
@@ -84,11 +84,11 @@ def test_a_fall_is_measured_from_the_best_round(dice, drop, fallen):
 
 def test_the_last_update_that_was_used_is_remembered():
     past = [
-        {"sites": {"a": {"update_sha256": "1"}}},
-        {"sites": {"a": {"update_sha256": "2"}, "b": {"update_sha256": "9"}}},
-        {"sites": {"a": {"update_sha256": ""}}},
-        {"sites": {}},
+        {"round": 4, "sites": {"b": {"update_sha256": "9"}, "a": {"update_sha256": "1"}}},
+        {"round": 5, "sites": {"a": {"update_sha256": "2"}}},
+        {"round": 6, "sites": {"a": {"update_sha256": ""}}},
+        {"round": 7, "sites": {}},
     ]
-    assert last_update(past, "a") == "2"
-    assert last_update(past, "b") == "9"
-    assert last_update(past, "c") == last_update([], "a") == ""
+    assert last_used(past, "a") == (5, "2")
+    assert last_used(past, "b") == (4, "9")
+    assert last_used(past, "c") == last_used([], "a") == (0, "")

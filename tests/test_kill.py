@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +155,7 @@ def same(folder, straight):
     names = [sorted(str(p.relative_to(run)) for p in run.rglob("*")) for run in (folder, straight)]
     assert names[0] == names[1]
     exact = [name for name in names[0] if name.startswith(("sites/", "adapter/"))]
-    assert sum("round_" in name for name in exact) == 4
+    assert sum("round_" in name for name in exact) == 6  # two sites, the last round and two before
     for name in exact:
         if (folder / name).is_file():
             assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
@@ -275,11 +276,12 @@ def test_a_site_goes_on_from_the_control_and_the_tensors_it_kept(tmp_path, monke
     changes = []
     for number in (1, 2):
         asked = Instruction(
-            number, 3, config_sha256(config), "b" * 64, 60.0, state_sha256(sent)
+            number, 3, config_sha256(config), "b" * 64, 60.0, state_sha256(sent),
+            used_round=number - 1,
         )  # fmt: skip
         update, _ = agent.train(payload, asked)
         changes.append(decode(update, shapes)[0][CONTROL + shared].tolist())
-        agent.evaluate(payload, asked)
+        agent.evaluate(payload, replace(asked, used_round=number))
         assert model.held[own].tolist() == [number] * 2
         assert model.held[shared].tolist() == [0.0, 0.0]
     assert seen == [[3.0, 3.0], [-7.0, -7.0]]  # everyone's control minus its own of round 1
@@ -289,26 +291,26 @@ def test_a_site_goes_on_from_the_control_and_the_tensors_it_kept(tmp_path, monke
 def test_notes_with_one_wrong_bit_are_passed_over(tmp_path):
     memory = Memory(tmp_path)
     for number in (1, 2):
-        memory.remember(number, {"control": {"a": torch.full((3,), float(number))}})
+        memory.remember(number, {"control": {"a": torch.full((3,), float(number))}}, number - 1)
     path = tmp_path / "round_00002.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 4
     path.write_bytes(bytes(data))
-    assert memory.recall(before=3)["control"]["a"].tolist() == [1.0] * 3
+    assert memory.recall(2)["control"]["a"].tolist() == [1.0] * 3
 
 
 def test_notes_of_a_lost_round_are_gone_before_new_ones_are_written(tmp_path, monkeypatch):
     memory = Memory(tmp_path)
     for number in (1, 2, 3):
-        memory.remember(number, {"control": {"a": torch.ones(1)}})
+        memory.remember(number, {"control": {"a": torch.ones(1)}}, number - 1)
 
     def killed(path, payload):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("client.memory.write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
-        memory.remember(2, {"control": {"a": torch.zeros(1)}})
-    assert [path.name for path in tmp_path.iterdir()] == ["round_00002.safetensors"]
+        memory.remember(2, {"control": {"a": torch.zeros(1)}}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["round_00001.safetensors"]
 
 
 def test_a_folder_is_locked_for_others_and_free_again_whatever_happens(tmp_path):

@@ -67,7 +67,7 @@ def test_ray_and_in_process_agree_to_the_last_bit(config: Config, tmp_path: Path
 @pytest.mark.slow
 def test_a_fault_inside_the_ray_engine_comes_out_as_itself(config: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra samaritan[ray] is not installed")
-    training = config.training.model_copy(update={"learning_rate": 1e30})
+    training = config.training.model_copy(update={"learning_rate": 1e30, "slices_per_case": 16})
     wrong = config.model_copy(update={"training": training})
     with pytest.raises(FederationError) as caught:
         simulate(wrong, tmp_path / "run", engine="ray")
