@@ -39,7 +39,8 @@ from samaritan.models.adapt import adapt
 from samaritan.models.bases import FAMILIES, get_base
 from samaritan.shares import public_state
 from samaritan.wire import Instruction, message_bytes, read_instruction
-from server.rounds import Federation, run_rounds
+from server.federation import Federation
+from server.rounds import run_rounds
 from simulation.grid import InProcessGrid
 
 _SITE, _BASE = "site", "0" * 64

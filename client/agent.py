@@ -11,21 +11,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from client.exchange import Exchange
-from client.memory import Memory
+from client.masking import Masking
+from client.memory import Memory, Notes
 from samaritan import __version__
 from samaritan.config import Config, config_sha256
 from samaritan.data.datasets import Case
 from samaritan.data.slices import CaseCache
-from samaritan.errors import FederationError
+from samaritan.errors import FederationError, PrivacyError
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
-from samaritan.shares import CONTROL, Shares, shares
+from samaritan.privacy.adaptive import AdaptiveClip
+from samaritan.privacy.budget import Budget
+from samaritan.privacy.ledger import Question
+from samaritan.shares import CONTROL, Shares, shares, tells_scores
 from samaritan.training.drift import control_change
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, StepCallback, round_seed, train_locally
-from samaritan.wire import Instruction
+from samaritan.training.private import train_privately
+from samaritan.wire import Instruction, MaskingStep
 
-Metrics = dict[str, float | int]
+Metrics = dict[str, float | int | str]
 
 _FINE_TUNING = 0.75
 """Where in the cosine decay fine-tuning begins: the adapter is good already."""
@@ -45,6 +52,8 @@ class SiteAgent:
         cache: Reads the hospital's cases.
         train_cases, val_cases: The hospital's own split.
         progress: Told of every training step: site, step, steps, loss.
+        budget: What the site's patients may give away; None where no privacy is asked for.
+        masking: Its part in secure sums; None where updates are sent as they are.
     """
 
     site: str
@@ -57,6 +66,8 @@ class SiteAgent:
     train_cases: tuple[Case, ...]
     val_cases: tuple[Case, ...]
     progress: Callable[[str, int, int, float], None] | None = None
+    budget: Budget | None = None
+    masking: Masking | None = None
 
     def hello(self) -> dict[str, str]:
         """What the site tells a server before the first round."""
@@ -68,12 +79,20 @@ class SiteAgent:
             "adapter-sha256": self.exchange.beginning_sha256,
         }
 
-    def train(self, payload: bytes | None, instruction: Instruction) -> tuple[bytes, Metrics]:
+    def train(
+        self, payload: bytes | None, instruction: Instruction, step: MaskingStep | None = None
+    ) -> tuple[bytes, Metrics]:
         """Trains on the site's cases from the adapter the server means.
 
+        Args:
+            payload: Brings the site to the adapter, if it has another.
+            instruction: From the server.
+            step: What other sites have sent for the masks, where aggregation is to be secure.
+
         Returns:
-            The update as a payload (trained minus received, of what the site sends) and
-            `num-examples`, `train-loss`, `steps`, `seconds`.
+            The update as a payload (trained minus received, of what the site sends), or under
+            masks, and `num-examples`, `train-loss`, `steps`, `seconds`; under privacy
+            `num-examples`, `steps` and `ledger`.
 
         Raises:
             SamaritanError: When the instruction or adapter does not fit, or training fails.
@@ -82,6 +101,42 @@ class SiteAgent:
         self._check(instruction)
         received = self.exchange.receive(payload, instruction)
         notes = self.memory.recall(instruction.used_round)
+        if self.budget is not None:
+            update, metrics = self._train_privately(self.budget, received, notes, instruction)
+        else:
+            update, metrics = self._train_openly(received, notes, instruction)
+            metrics["seconds"] = time.monotonic() - begun
+        if self.masking is None:
+            return update, metrics
+        if step is None:
+            raise PrivacyError(
+                "SAM-P306",
+                f"site {self.site} was asked for an update without masks",
+                "The server asks for more than was agreed to; look at its version.",
+            )
+        names = shares(self.config, self.initial, instruction.server_round).sent
+        shapes = {name: tuple(self.initial[name].shape) for name in names}
+        return self.masking.mask(update, shapes, step, instruction), metrics
+
+    def secure_sum(self, step: MaskingStep, instruction: Instruction) -> bytes:
+        """The site's answer to a step of a secure sum.
+
+        Raises:
+            SamaritanError: When nothing like it was agreed to, or the protocol refuses it.
+        """
+        self._check(instruction)
+        if self.masking is None:
+            raise PrivacyError(
+                "SAM-P307",
+                f"site {self.site} has not agreed to secure aggregation",
+                "Give server and sites the same configuration.",
+            )
+        return self.masking.step(step, instruction)
+
+    def _train_openly(
+        self, received: AdapterState, notes: Notes, instruction: Instruction
+    ) -> tuple[bytes, Metrics]:
+        """As `train`, without noise."""
         start = self._adapter(received, notes.get("personal", {}))
         roles = shares(self.config, self.initial, instruction.server_round)
         own_control = notes.get("control", {})
@@ -91,35 +146,82 @@ class SiteAgent:
             self.cache,
             self.train_cases,
             self.config.training,
-            schedule=Schedule(
-                (instruction.server_round - 1) / instruction.rounds,
-                instruction.server_round / instruction.rounds,
-            ),
+            schedule=_schedule(instruction),
             seed=round_seed(self.config.seed, instruction.server_round, self.site),
-            timeout_s=min(instruction.timeout_s, self.config.federation.round_timeout_s),
+            timeout_s=self._timeout_s(instruction),
             names=roles.trained,
             control=self._control(received, own_control, roles),
             on_step=self._on_step(),
         )
-        trained = self._own_rank(self.model.state())
-        delta = {name: trained[name] - start[name] for name in sorted(roles.sent)}
-        kept = {"personal": {name: trained[name] for name in sorted(roles.personal)}}
+        control: Notes = {}
+        change: AdapterState = {}
         if result.mean_gradient is not None:
-            kept["control"], change = control_change(
-                self._own_rank(result.mean_gradient), own_control
-            )
-            delta |= {CONTROL + name: change[name] for name in sorted(roles.sent)}
-        update, left_out = self.exchange.send(delta, notes.get("left_out", {}), instruction)
-        kept = {k: v for k, v in (kept | {"left_out": left_out}).items() if v}
-        if kept:
-            self.memory.remember(instruction.server_round, kept, instruction.used_round)
+            gradient = self._own_rank(result.mean_gradient)
+            control["control"], changed = control_change(gradient, own_control)
+            change = {CONTROL + name: changed[name] for name in sorted(roles.sent)}
+        update = self._pack(instruction, start, notes, roles, control, change)
         metrics: Metrics = {
             "num-examples": len(self.train_cases),
             "train-loss": result.loss,
             "steps": result.steps,
-            "seconds": time.monotonic() - begun,
         }
         return update, metrics
+
+    def _train_privately(
+        self, budget: Budget, received: AdapterState, notes: Notes, instruction: Instruction
+    ) -> tuple[bytes, Metrics]:
+        """As `train`, under differential privacy: what is told of the site is public already."""
+        privacy, plan = self.config.privacy, budget.plan
+        clip_norm = float(notes["clip"]["norm"]) if "clip" in notes else privacy.clip_norm
+        adaptive = AdaptiveClip(privacy.clip_quantile, clip_norm) if privacy.clip_quantile else None
+        start = self._adapter(received, notes.get("personal", {}))
+        roles = shares(self.config, self.initial, instruction.server_round)
+
+        def work() -> bytes:
+            self.model.load(start)
+            train_privately(
+                self.model,
+                self.cache,
+                self.train_cases,
+                self.config.training,
+                plan.mechanism(clip_norm),
+                unit=plan.unit,
+                steps=plan.steps_per_round,
+                slices_per_patient=privacy.slices_per_patient,
+                schedule=_schedule(instruction),
+                timeout_s=self._timeout_s(instruction),
+                names=roles.trained,
+                adaptive=adaptive,
+                on_step=self._on_step(),
+            )
+            norm = {"clip": {"norm": torch.tensor([adaptive.clip_norm])}} if adaptive else {}
+            return self._pack(instruction, start, notes, roles, norm, {})
+
+        question = Question(
+            instruction.config_sha256, instruction.server_round, instruction.state_sha256
+        )
+        update, ledger = budget.answer(question, clip_norm, work, instruction.ledger)
+        told: Metrics = {"num-examples": plan.records, "steps": plan.steps_per_round}
+        return update, told | {"ledger": ledger}
+
+    def _pack(
+        self,
+        instruction: Instruction,
+        start: AdapterState,
+        notes: Notes,
+        roles: Shares,
+        own: Notes,
+        beside: AdapterState,
+    ) -> bytes:
+        """The payload of what was trained; remembers what stays at the site, and `own`."""
+        trained = self._own_rank(self.model.state())
+        delta = {name: trained[name] - start[name] for name in sorted(roles.sent)} | beside
+        update, left_out = self.exchange.send(delta, notes.get("left_out", {}), instruction)
+        kept = {"personal": {name: trained[name] for name in sorted(roles.personal)}}
+        kept |= own | {"left_out": left_out}
+        if kept := {k: v for k, v in kept.items() if v}:
+            self.memory.remember(instruction.server_round, kept, instruction.used_round)
+        return update
 
     def evaluate(self, payload: bytes | None, instruction: Instruction) -> Metrics:
         """Scores an adapter, with the site's personal part, on the site's validation cases.
@@ -132,6 +234,12 @@ class SiteAgent:
         """
         begun = time.monotonic()
         self._check(instruction)
+        if not tells_scores(self.config):
+            raise PrivacyError(
+                "SAM-P302",
+                f"site {self.site} was asked for its score, and privacy.scores is withheld",
+                "The server asks for more than was agreed to; look at its version.",
+            )
         received = self.exchange.receive(payload, instruction)
         self.model.load(self.personalised(received, instruction.used_round))
         results = evaluate_cases(
@@ -167,6 +275,9 @@ class SiteAgent:
             on_step=self._on_step(),
         )
         return self._own_rank(self.model.state())
+
+    def _timeout_s(self, instruction: Instruction) -> float:
+        return min(instruction.timeout_s, self.config.federation.round_timeout_s)
 
     def _adapter(self, received: AdapterState, personal: AdapterState) -> AdapterState:
         state = self.initial | received | personal
@@ -211,3 +322,8 @@ class SiteAgent:
             return None
         progress, site = self.progress, self.site
         return lambda step, steps, loss: progress(site, step, steps, loss)
+
+
+def _schedule(instruction: Instruction) -> Schedule:
+    done, rounds = instruction.server_round, instruction.rounds
+    return Schedule((done - 1) / rounds, done / rounds)

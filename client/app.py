@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from client.agent import SiteAgent
+from client.agent import Metrics, SiteAgent
 from samaritan.errors import SamaritanError
-from samaritan.wire import content, payload_of, read_instruction
+from samaritan.wire import content, payload_of, read_instruction, read_masking_step
 
 FindAgent = Callable[[Context], SiteAgent]
 """The agent of the site that a message was delivered to."""
@@ -37,6 +38,10 @@ def make_client_app(find_agent: FindAgent) -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         return _carry(message, context, find_agent, _hello)
+
+    @app.query("secure_sum")
+    def secure_sum(message: Message, context: Context) -> Message:
+        return _carry(message, context, find_agent, _secure_sum)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -68,11 +73,26 @@ def _hello(message: Message, agent: SiteAgent) -> Message:
     return Message(content(config=ConfigRecord(dict(agent.hello()))), reply_to=message)
 
 
+def _secure_sum(message: Message, agent: SiteAgent) -> Message:
+    step = read_masking_step(message)
+    if step is None:
+        raise ValueError("a message about a secure sum without a step")
+    answer = agent.secure_sum(step, read_instruction(message))
+    return Message(content(masking=replace(step, data=answer)), reply_to=message)
+
+
 def _train(message: Message, agent: SiteAgent) -> Message:
-    update, metrics = agent.train(payload_of(message), read_instruction(message))
-    return Message(content(update, metrics=metrics), reply_to=message)
+    step = () if (found := read_masking_step(message)) is None else (found,)
+    update, told = agent.train(payload_of(message), read_instruction(message), *step)
+    texts = {name: value for name, value in told.items() if isinstance(value, str)}
+    config = ConfigRecord(dict(texts)) if texts else None
+    return Message(content(update, config, _numbers(told)), reply_to=message)
 
 
 def _evaluate(message: Message, agent: SiteAgent) -> Message:
-    metrics = agent.evaluate(payload_of(message), read_instruction(message))
-    return Message(content(metrics=metrics), reply_to=message)
+    told = agent.evaluate(payload_of(message), read_instruction(message))
+    return Message(content(metrics=_numbers(told)), reply_to=message)
+
+
+def _numbers(told: Metrics) -> dict[str, float | int]:
+    return {name: value for name, value in told.items() if not isinstance(value, str)}

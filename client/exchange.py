@@ -91,7 +91,10 @@ class Exchange:
         return state
 
     def send(
-        self, delta: AdapterState, left_out: AdapterState, instruction: Instruction
+        self,
+        delta: AdapterState,
+        left_out: AdapterState,
+        instruction: Instruction,
     ) -> tuple[bytes, AdapterState]:
         """The payload for an update, and what its codec left out for the next one.
 

@@ -205,7 +205,8 @@ class FederationConfig(Section):
     """Wrong sites that a robust strategy is to withstand: `median` and `trimmed-mean` need twice as
     many usable replies and one, `krum` and `multi-krum` twice as many and three."""
     secure_aggregation: bool = False
-    """The server sees sums of updates only. Not part of this version: a run with it is refused."""
+    """The server sees the sum of a round's updates and no update; for `fedavg` and `ffa` with equal
+    weights and a number as `clip_norm`, which the sites then apply."""
 
 
 class ServerOptimiserConfig(Section):
@@ -258,6 +259,39 @@ class EvaluationConfig(Section):
     would give, and are marked so. `samaritan predict` has no labels and refuses them."""
 
 
+class PrivacyConfig(Section):
+    """Differential privacy: whose part in the training a released adapter hides, and how well."""
+
+    unit: Literal["none", "patient", "slice", "site"] = "none"
+    """Patient: all slices and visits together, noise at the site. Slice: each slice by itself,
+    noise at the site; says little about patients. Site: a site's whole update, noise at the server,
+    which then must be trusted. None: nothing is hidden."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """Budget of each cohort, whichever runs spend it."""
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    """1 / (10 records), at most 1e-5, when left out."""
+    records: dict[str, Annotated[int, Field(ge=1)]] | Annotated[int, Field(ge=1)] | None = None
+    """Training patients (or slices) as published, for each site or for all alike: a rounded number.
+    The true one is never used. For `site` it is the number of sites that train."""
+    sampling_rate: float = Field(default=0.1, gt=0, le=1)
+    """Chance of each record to take part in a step."""
+    steps_per_round: int = Field(default=20, ge=1)
+    """Noisy steps of each site in a round; takes the place of `training.slices_per_case`."""
+    slices_per_patient: int = Field(default=8, ge=1)
+    """Slices drawn of a patient in each step it takes part in."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Longest gradient (for `site`, update) of one record."""
+    clip_quantile: float | None = Field(default=None, gt=0, lt=1)
+    """Moves `clip_norm` until this share of records is not clipped (arXiv 1905.03871); the share is
+    counted with noise of its own, and both together cost what the noise multiplier says."""
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """Standard deviation of the noise over the clipping norm; fitted to `epsilon` over all rounds
+    when left out. Given with `epsilon`, a site leaves when its next round would exceed it."""
+    scores: Literal["withheld", "declared"] = "withheld"
+    """Whether sites tell the server their validation scores. Declared: they do, without noise, and
+    the report says so; the guarantee covers training patients only."""
+
+
 class Config(Section):
     """Everything that decides the result of a run."""
 
@@ -275,6 +309,7 @@ class Config(Section):
     personal: PersonalConfig = PersonalConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
     def _reachable_quorum(self) -> Config:

@@ -8,6 +8,7 @@ The hierarchy; the letter in the code names the branch::
     ├── ModelError       SAM-Mxxx   base models, checkpoints, adapters
     ├── TrainingError    SAM-Txxx   local training and evaluation
     ├── FederationError  SAM-Fxxx   rounds, replies, quorum
+    ├── PrivacyError     SAM-Pxxx   budgets, ledgers, secure aggregation, keys
     └── StorageError     SAM-Sxxx   run folders, checkpoints, disk
 """
 
@@ -56,6 +57,10 @@ class TrainingError(SamaritanError):
 
 class FederationError(SamaritanError):
     """A round could not be completed."""
+
+
+class PrivacyError(SamaritanError):
+    """A guarantee cannot be given: a budget, a ledger, a key or a protocol is not as it must be."""
 
 
 class StorageError(SamaritanError):

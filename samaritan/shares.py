@@ -102,6 +102,16 @@ def shares(config: Config, names: Iterable[str], server_round: int) -> Shares:
     return Shares(trained, trained - personal, personal, received)
 
 
+def noisy_sites(config: Config) -> bool:
+    """Whether sites add noise themselves; their losses and counts then stay at home."""
+    return config.privacy.unit in ("patient", "slice")
+
+
+def tells_scores(config: Config) -> bool:
+    """Whether sites tell the server how an adapter does on their validation cases."""
+    return config.privacy.unit == "none" or config.privacy.scores == "declared"
+
+
 def public_state(
     config: Config, adapter: Mapping[str, Tensor], control: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:

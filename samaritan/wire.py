@@ -18,7 +18,9 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import array_to_proto, recorddict_to_proto
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, CONFIG, METRICS, MASKING = "arrays", "config", "metrics", "masking"
+SECURE_SUM = "query.secure_sum"
+"""The type of messages that prepare and open a secure sum."""
 
 _PAYLOAD, _STYPE = "payload", "samaritan.codecs"
 
@@ -38,6 +40,8 @@ class Instruction:
             whole state, or where there is none because the site has the state already.
         used_round: The last round in which an update of this site was used, 0 for none. The site
             goes on from what it noted then: an update that was lost or refused has taken nothing.
+        ledger: Where the site's privacy ledger stood when the server last heard of it; empty where
+            it never did. A site whose ledger does not know this entry has lost what it spent.
     """
 
     server_round: int
@@ -48,6 +52,7 @@ class Instruction:
     state_sha256: str = ""
     reference_sha256: str = ""
     used_round: int = 0
+    ledger: str = ""
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -70,6 +75,44 @@ def read_instruction(message: Message) -> Instruction:
     return Instruction(**values)
 
 
+@dataclass(frozen=True)
+class MaskingStep:
+    """One step of a secure sum (`samaritan.privacy.secure_sum`), in either direction.
+
+    Attributes:
+        stage: "keys", "shares", "masked", "agreement" or "opening".
+        attempt: 1 and up, in its round.
+        length: Numbers in an update.
+        data: What the other side made for this step.
+    """
+
+    stage: str
+    attempt: int
+    length: int
+    data: bytes
+
+    def record(self) -> ConfigRecord:
+        """As a Flower record."""
+        return ConfigRecord(asdict(self))
+
+
+def read_masking_step(message: Message) -> MaskingStep | None:
+    """The step of a message, if it has one.
+
+    Raises:
+        KeyError, TypeError: When a field is missing or of another type.
+    """
+    if MASKING not in message.content.config_records:
+        return None
+    record = message.content.config_records[MASKING]
+    stage, attempt, length, data = (record[field.name] for field in fields(MaskingStep))
+    if not (isinstance(stage, str) and isinstance(attempt, int) and isinstance(length, int)):
+        raise TypeError("a step of a secure sum has other types")
+    if not isinstance(data, bytes):
+        raise TypeError("the data of a step are no bytes")
+    return MaskingStep(stage, attempt, length, data)
+
+
 def payload_of(message: Message) -> bytes | None:
     """The payload of a message, if it has one.
 
@@ -88,6 +131,7 @@ def content(
     payload: bytes | None = None,
     config: ConfigRecord | None = None,
     metrics: Mapping[str, float | int] | None = None,
+    masking: MaskingStep | None = None,
 ) -> RecordDict:
     """The content of a message from those parts that are given."""
     records = RecordDict()
@@ -99,6 +143,8 @@ def content(
         records[CONFIG] = config
     if metrics is not None:
         records[METRICS] = MetricRecord(dict(metrics))
+    if masking is not None:
+        records[MASKING] = masking.record()
     return records
 
 

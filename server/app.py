@@ -8,7 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.checkpoints import Checkpoint
-from server.rounds import Federation, run_rounds
+from server.federation import Federation
+from server.rounds import run_rounds
 
 
 def make_server_app(

@@ -7,17 +7,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from samaritan.config import Config
 from samaritan.errors import FederationError
-from samaritan.shares import CONTROL, shares
-from samaritan.wire import Instruction, content, message_bytes
+from samaritan.shares import CONTROL, noisy_sites, shares
+from samaritan.wire import SECURE_SUM, Instruction, MaskingStep, content, message_bytes
 from server.delivery import Delivery
-from server.judgement import History, last_used
-from strategies.replies import Expected, Reply, read_evaluate_reply, read_train_reply
+from server.judgement import BUDGET_SPENT, History, last_ledger, last_used
+from strategies.replies import (
+    Expected,
+    Reply,
+    error_status,
+    read_evaluate_reply,
+    read_train_reply,
+)
 from strategies.update import Update
 
 _POLL_S = 0.2
@@ -86,6 +92,7 @@ class Asking:
         bytes_up, bytes_down: Of all messages, by site.
         norms: Length of each usable update, before it was clipped.
         waiting_s: Time that passed until answers were there.
+        lost: Whether the round can come to nothing any more, and the next one is to begin.
     """
 
     def __init__(self, post: Post, instruction: Instruction, history: History) -> None:
@@ -96,6 +103,12 @@ class Asking:
         self.bytes_down: dict[str, int] = {}
         self.norms: dict[str, float] = {}
         self.waiting_s = 0.0
+        self.lost = False
+
+    @property
+    def left(self) -> list[str]:
+        """Sites that have spent their privacy budget: they train no more."""
+        return [site for site, reply in self.trained.items() if reply.status == BUDGET_SPENT]
 
     @property
     def usable(self) -> int:
@@ -130,7 +143,12 @@ class Asking:
                 sites, recalled, reserve = [*sites, *reserve], reserve, ()
                 yield from self._train_all(recalled)
             # A wrong answer would be as wrong again.
-            missing = [s for s in sites if self.trained[s].status.startswith(("failed", "late"))]
+            missing = [
+                site
+                for site in sites
+                if self.trained[site].status.startswith(("failed", "late"))
+                and self.trained[site].status != BUDGET_SPENT
+            ]
             if self.usable >= needed or not missing:
                 return
 
@@ -161,7 +179,7 @@ class Asking:
     def _train(self, sites: Sequence[str]) -> Iterator[Update]:
         open_sites = set(sites)
         for site, message in self._ask(sites, MessageType.TRAIN):
-            expected = self._expected(site)
+            expected = self.expected(site)
             reply, delta = read_train_reply(message, expected)
             late = reply.status.startswith("late")
             self._arrived(site, message, not late)
@@ -196,23 +214,58 @@ class Asking:
                 status=self.trained[site].status,
             )  # fmt: skip
 
-    def _ask(self, sites: Sequence[str], kind: str) -> Iterator[tuple[str, Message]]:
+    def _ask(
+        self, sites: Sequence[str], kind: str, steps: Mapping[str, MaskingStep] | None = None
+    ) -> Iterator[tuple[str, Message]]:
+        """Answers to a question about a state, with a step of a secure sum where there is one."""
+        contents = {}
+        for site in sites:
+            payload, instruction = self.post.delivery.address(site, self.instruction)
+            instruction = replace(
+                instruction,
+                used_round=self._used_round(site),
+                ledger=last_ledger(self.history, site),
+            )
+            step = (steps or {}).get(site)
+            contents[site] = content(payload, instruction.record(), masking=step)
+        return self._send(contents, kind)
+
+    def query(self, steps: Mapping[str, MaskingStep]) -> Iterator[tuple[str, Message]]:
+        """Answers to steps of a secure sum that need no state."""
+        config = self.instruction.record()
+        contents = {site: content(config=config, masking=step) for site, step in steps.items()}
+        for site, message in self._send(contents, SECURE_SUM):
+            self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
+            yield site, message
+
+    def train_masked(self, steps: Mapping[str, MaskingStep]) -> Iterator[tuple[str, Message]]:
+        """Answers to a question for masked updates; sites without the state are asked again."""
+        stale = dict(steps)
+        for _ in range(2):
+            lost = []
+            for site, message in self._ask(list(stale), MessageType.TRAIN, stale):
+                self._arrived(site, message)
+                if message.has_error() and error_status(message) == _NO_STATE:
+                    lost.append(site)
+                else:
+                    yield site, message
+            self.post.delivery.lost(lost)
+            stale = {site: steps[site] for site in lost}
+            if not stale:
+                return
+
+    def _send(self, contents: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, Message]]:
         """Answers with the site they come from; of nodes that were not asked there are none."""
         post = self.post
-        names = {post.nodes[site]: site for site in sites}
+        names = {post.nodes[site]: site for site in contents}
         messages = []
-        for site in sites:
-            payload, instruction = post.delivery.address(site, self.instruction)
-            instruction = replace(instruction, used_round=self._used_round(site))
-            message = Message(
-                content(payload, instruction.record()),
-                message_type=kind,
-                dst_node_id=post.nodes[site],
-            )
+        for site, records in contents.items():
+            message = Message(records, message_type=kind, dst_node_id=post.nodes[site])
             size = message_bytes(message)
             self.bytes_down[site] = self.bytes_down.get(site, 0) + size
             messages.append(message)
-        replies = iter(post.grid.send_and_receive(messages, timeout=self._timeout_s(len(sites))))
+        timeout_s = self._timeout_s(len(messages))
+        replies = iter(post.grid.send_and_receive(messages, timeout=timeout_s))
         while True:
             begun = time.monotonic()
             reply = next(replies, None)
@@ -235,7 +288,8 @@ class Asking:
     def _silence(self, sites: int) -> Reply:
         return Reply(f"late: no answer in {self._timeout_s(sites):.0f} s")
 
-    def _expected(self, site: str) -> Expected:
+    def expected(self, site: str) -> Expected:
+        """What an update of a site must be."""
         number, config = self.instruction.server_round, self.post.config
         state = self.post.delivery.state(site)
         adapter = [name for name in state.state if not name.startswith(CONTROL)]
@@ -247,6 +301,7 @@ class Asking:
             {name: tuple(state.state[name].shape) for name in sorted(names)},
             config.wire.up,
             last_used(self.history, site)[1] if names else "",  # of nothing there is only one
+            ("num-examples",) if noisy_sites(config) else ("num-examples", "train-loss"),
         )
 
     def _used_round(self, site: str) -> int:

@@ -9,6 +9,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+BUDGET_SPENT = "failed: SAM-P101"
+"""What a site answers that cannot afford another round."""
+
+ROUND_OPENED = "failed: SAM-P206"
+"""What a site answers that has opened its shares of a masked sum of this round before."""
+
 _NOT_FINITE = ("failed: SAM-T102", "failed: SAM-F205")
 
 History = Sequence[dict[str, Any]]
@@ -23,6 +29,16 @@ def quarantined(history: History, site: str, rounds: int) -> bool:
             status: str = entry["sites"][site]["status"]
             return status.startswith("refused") or status in _NOT_FINITE
     return False
+
+
+def left_sites(history: History) -> set[str]:
+    """Sites that had spent their privacy budget: they train no more."""
+    return {
+        site
+        for entry in history
+        for site, told in entry["sites"].items()
+        if told["status"] == BUDGET_SPENT
+    }
 
 
 def draw_sites(sites: Sequence[str], count: int | None, seed: int, server_round: int) -> list[str]:
@@ -57,6 +73,14 @@ def has_fallen(history: History, drop: float | None) -> bool:
     if drop is None or best is None or history[-1]["dice_mean"] is None:
         return False
     return bool(history[-1]["dice_mean"] < best[1] - drop)
+
+
+def last_ledger(history: History, site: str) -> str:
+    """Where a site's privacy ledger stood when it was last heard of; empty for never."""
+    for entry in reversed(history):
+        if found := entry["sites"].get(site, {}).get("ledger"):
+            return str(found)
+    return ""
 
 
 def last_used(history: History, site: str) -> tuple[int, str]:

@@ -2,92 +2,51 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from flwr.serverapp import Grid
-from torch import Tensor
+from safetensors.torch import load, save
 
 from samaritan import __version__
 from samaritan.config import Config, config_sha256
-from samaritan.errors import FederationError, StorageError
+from samaritan.errors import FederationError, PrivacyError
 from samaritan.models.adapter import AdapterState
-from samaritan.shares import CONTROL, public_state, shares
+from samaritan.models.bases import state_sha256
+from samaritan.privacy.ledger import Question
+from samaritan.privacy.randomness import SystemRandom
+from samaritan.shares import CONTROL, public_state, shares, tells_scores
 from samaritan.training.drift import server_control
 from samaritan.training.local import round_seed
-from samaritan.training.metrics import mean
 from samaritan.wire import Instruction
 from server.asking import Asking, Post
-from server.checkpoints import Checkpoint, latest_checkpoint, read_round, save_checkpoint
+from server.checkpoints import Checkpoint, read_round, save_checkpoint
 from server.delivery import Delivery, Published, publish, publish_after
-from server.events import append_event
-from server.judgement import best_round, draw_sites, has_fallen, on_plateau, quarantined
+from server.federation import Federation, quorum, resume_point
+from server.history import round_entry
+from server.judgement import (
+    BUDGET_SPENT,
+    best_round,
+    draw_sites,
+    has_fallen,
+    left_sites,
+    on_plateau,
+    quarantined,
+)
 from server.rollcall import RollCall, roll_call
+from server.secure_sum import summed_update
 from strategies.clipping import clipped
 from strategies.meter import ProductMeter
 from strategies.optimisers import server_step
 from strategies.ranks import view
-from strategies.replies import Reply
-from strategies.robust import minimum_sites
 from strategies.rules import get_rule
+from strategies.site_privacy import private_rule
 from strategies.update import Situation, Update
 
-RoundCallback = Callable[[dict[str, Any]], None]
-"""Called with each finished round as summary.json will hold it."""
-
 _SENT, _CONTROL = "sent/", "control"
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What a server needs to know of a run.
-
-    Attributes:
-        config: The run's configuration.
-        base_sha256: Of the frozen base; a site with another refuses.
-        initial: The adapter before the first round.
-        sites: Names of the approved sites that train.
-        run_dir: Receives `events.jsonl` and `checkpoints/`.
-        observers: Names of the approved sites that only score.
-        counts: Which tensors of a site's update say something, of sites that label some structures
-            only (`strategies.update.Update.counts`).
-        at_once: Sites that work at the same time; None for all of them.
-        on_round: Told of each finished round.
-    """
-
-    config: Config
-    base_sha256: str
-    initial: AdapterState
-    sites: Sequence[str]
-    run_dir: Path
-    observers: Sequence[str] = ()
-    counts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    at_once: int | None = None
-    on_round: RoundCallback | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where round checkpoints lie."""
-        return self.run_dir / "checkpoints"
-
-    @property
-    def events(self) -> Path:
-        """The event log."""
-        return self.run_dir / "events.jsonl"
-
-    def rank(self, site: str) -> int | None:
-        """LoRA rank of a site; None where it is the server's own."""
-        return self.config.peft.site_ranks.get(site)
-
-    def note(self, event: str, **fields: Any) -> None:
-        """Writes an event."""
-        append_event(self.events, event, **fields)
 
 
 def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
@@ -117,8 +76,20 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
                 grid, nodes, delivery, config, federation.counts, federation.at_once,
                 federation.note,
             )  # fmt: skip
-            while not _is_over(config, state):
-                state = _next_round(federation, post, state)
+            left = left_sites(state.history)
+            while not _is_over(config, state) and left < set(federation.sites):
+                before = len(left)
+                try:
+                    state = _next_round(federation, post, state, left)
+                except FederationError:
+                    # Those that stay may be enough; what they have answered they answer again.
+                    if len(left) == before:
+                        raise
+            _require_rounds(state)
+    except PrivacyError as error:
+        if f"failed: {error.code}" != BUDGET_SPENT or not state.server_round:
+            raise
+        federation.note("budget_spent", rounds_done=state.server_round, message=error.message)
     except FederationError as error:
         federation.note(
             "run_paused", code=error.code, rounds_done=state.server_round, message=error.message
@@ -131,34 +102,14 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
     return state
 
 
-def resume_point(federation: Federation) -> Checkpoint:
-    """The newest checkpoint of this run, or its beginning.
-
-    Raises:
-        StorageError: When the checkpoint was made by another configuration.
-    """
-    sha256 = config_sha256(federation.config)
-    damaged: list[str] = []
-    found = latest_checkpoint(federation.checkpoints, lambda path: damaged.append(path.name))
-    if damaged:
-        federation.note("checkpoints_damaged", files=damaged)
-    if found is None:
-        return Checkpoint(0, federation.initial, [], sha256)
-    if found.config_sha256 != sha256:
-        raise StorageError(
-            "SAM-S104",
-            f"the checkpoints in {federation.run_dir} were made by configuration "
-            f"{found.config_sha256[:16]}, this one is {sha256[:16]}",
-            "Resume with the same configuration, or choose another --out.",
+def _require_rounds(state: Checkpoint) -> None:
+    if not state.server_round:
+        raise FederationError(
+            "SAM-F107",
+            "no site can afford a single round within its privacy budget",
+            "Raise privacy.epsilon or privacy.noise_multiplier, or lower privacy.steps_per_round; "
+            "`samaritan privacy plan` shows what fits.",
         )
-    return found
-
-
-def quorum(config: Config, sites: int) -> int:
-    """Usable answers a round needs: as configured or more than half, and what the rule needs."""
-    asked = min(sites, config.federation.sites_per_round or sites)
-    wanted = config.federation.min_sites or asked // 2 + 1
-    return max(wanted, minimum_sites(config.strategy, config.federation.byzantine_sites))
 
 
 def _is_over(config: Config, state: Checkpoint) -> bool:
@@ -194,8 +145,10 @@ def _roll_call(grid: Grid, federation: Federation) -> RollCall:
     return roll
 
 
-def _next_round(federation: Federation, post: Post, state: Checkpoint) -> Checkpoint:
-    """Trains, combines, scores, keeps."""
+def _next_round(
+    federation: Federation, post: Post, state: Checkpoint, left: set[str]
+) -> Checkpoint:
+    """Trains, combines, scores, keeps; adds to `left` the sites that train no more."""
     begun = time.monotonic()
     config, number = federation.config, state.server_round + 1
     asking = Asking(
@@ -206,14 +159,24 @@ def _next_round(federation: Federation, post: Post, state: Checkpoint) -> Checkp
         ),
         state.history,
     )  # fmt: skip
-    needed = quorum(config, len(federation.sites))
-    sites, reserve = _sites_to_ask(federation, post, state, needed)
+    staying = [site for site in federation.sites if site not in left]
+    needed = quorum(config, len(staying))
+    sites, reserve = _sites_to_ask(config, post, state, staying, needed)
     federation.note("round_started", round=number, sites=sites, resting=reserve)
-    adapter, slots, error, seconds = _train(
-        federation, asking, state, asking.updates(sites, needed, reserve), needed
+    updates = (
+        summed_update(asking, [*sites, *reserve], federation.identities, needed)
+        if config.federation.secure_aggregation
+        else asking.updates(sites, needed, reserve)
     )
+    try:
+        adapter, slots, error, seconds = _train(federation, asking, state, updates, needed)
+    finally:
+        for site in asking.left:
+            federation.note("site_left", round=number, site=site, reason="privacy budget spent")
+        left.update(asking.left)
     _publish(federation, post.delivery, adapter, slots, number)
-    if number % config.evaluation.every_rounds == 0 or number == config.rounds:
+    due = number % config.evaluation.every_rounds == 0 or number == config.rounds
+    if due and tells_scores(config):
         asking.score([*asking.trained, *post.online(federation.observers)])
     entry = round_entry(number, asking, config.evaluation.prompts, time.monotonic() - begun)
     entry |= {"aggregation_error": error, "aggregation_seconds": round(seconds, 4)}
@@ -227,12 +190,11 @@ def _next_round(federation: Federation, post: Post, state: Checkpoint) -> Checkp
 
 
 def _sites_to_ask(
-    federation: Federation, post: Post, state: Checkpoint, needed: int
+    config: Config, post: Post, state: Checkpoint, sites: Sequence[str], needed: int
 ) -> tuple[list[str], list[str]]:
     """This round's draw of the sites that are online, and those that rest after a wrong reply."""
-    config = federation.config
     number, rest = state.server_round + 1, config.federation.quarantine_rounds
-    known = [site for site in federation.sites if site in post.nodes]
+    known = [site for site in sites if site in post.nodes]
     there = post.wait_for(known, needed)
     resting = [site for site in there if quarantined(state.history, site, rest)]
     if len(there) - len(resting) < needed:
@@ -269,14 +231,16 @@ def _train(
         for update in clipped(without_control(), config.federation.clip_norm, asking.norms):
             meter.add(update)
             yield update
+        if not asking.lost:
+            _require_quorum(asking, number, needed)  # before anything is made of too few
 
     situation = Situation(state.adapter, number, config)
     try:
-        change = get_rule(config.strategy)(measured(), situation)
-    except FederationError:  # a rule that has too few updates does not know why
-        _require_quorum(asking, number, needed)
+        change = _combined(federation, measured(), situation)
+    except FederationError:
+        if not config.federation.secure_aggregation:
+            _require_quorum(asking, number, needed)  # a rule with too few updates knows not why
         raise
-    _require_quorum(asking, number, needed)
     step, slots = server_step(change, _optimiser_slots(state), config.server_optimiser)
     adapter = {n: v + step[n] if n in step else v for n, v in state.adapter.items()}
     if broken := [n for n, v in adapter.items() if not torch.isfinite(v).all()]:
@@ -290,8 +254,32 @@ def _train(
     if config.training.scaffold:
         everyone = len(federation.sites)
         slots[_CONTROL] = server_control(state.slots.get(_CONTROL, {}), changes, everyone)
-    error = meter.error(adapter)
+    # Of a sum nobody knows what its parts had come to, and noise covers the adapter alone.
+    hidden = config.federation.secure_aggregation or federation.budget is not None
+    error = None if hidden else meter.error(adapter)
     return adapter, slots, error, time.monotonic() - begun - asking.waiting_s
+
+
+def _combined(
+    federation: Federation, updates: Iterator[Update], situation: Situation
+) -> AdapterState:
+    """What the rule makes of the updates; with noise, and charged first, where privacy asks for it.
+
+    Raises:
+        PrivacyError: SAM-P101 when the budget of the sites does not allow the round.
+    """
+    budget, config = federation.budget, federation.config
+    if budget is None:
+        return get_rule(config.strategy)(updates, situation)
+    rule = private_rule(budget.plan, config.privacy.clip_norm, SystemRandom())
+    start = state_sha256(situation.adapter)
+    question = Question(config_sha256(config), situation.server_round, start)
+    answer, _ = budget.answer(
+        question, config.privacy.clip_norm, lambda: save(rule(updates, situation))
+    )
+    for _ in updates:  # an answer that was there before needs none of them; the sites are asked
+        pass
+    return load(answer)
 
 
 def _require_quorum(asking: Asking, server_round: int, needed: int) -> None:
@@ -382,55 +370,3 @@ def _rolled_back(federation: Federation, delivery: Delivery, state: Checkpoint) 
     slots = {k: v for k, v in state.slots.items() if k == _CONTROL or k.startswith(_SENT)}
     _publish(federation, delivery, good.adapter, slots, state.server_round)
     return replace(state, adapter=good.adapter, slots=slots)
-
-
-def round_entry(
-    server_round: int, asking: Asking, oracle_prompts: str, seconds: float
-) -> dict[str, Any]:
-    """A round as summary.json holds it."""
-    names = sorted(asking.trained.keys() | asking.scored.keys())
-    dice = functools.reduce(
-        _add_weighted, (r.metrics for r in asking.scored.values() if r.ok), (0.0, 0.0)
-    )
-    return {
-        "round": server_round,
-        "seconds": round(seconds, 3),
-        "dice_mean": dice[0] / dice[1] if dice[1] else None,
-        "oracle_prompts": oracle_prompts,
-        "sites": {
-            name: _site_entry(asking.trained.get(name), asking.scored.get(name))
-            | {
-                "bytes_up": asking.bytes_up.get(name, 0),
-                "bytes_down": asking.bytes_down.get(name, 0),
-                "update_norm": asking.norms.get(name),
-            }
-            for name in names
-        },
-    }
-
-
-def _add_weighted(total: tuple[float, float], metrics: dict[str, float]) -> tuple[float, float]:
-    if "dice" not in metrics:
-        return total
-    return total[0] + metrics["dice"] * metrics["num-cases"], total[1] + metrics["num-cases"]
-
-
-def _site_entry(trained: Reply | None, scored: Reply | None) -> dict[str, Any]:
-    replies = [reply for reply in (trained, scored) if reply is not None]
-    faults = [reply.status for reply in replies if not reply.ok]
-    training = trained.metrics if trained and trained.ok else {}
-    scoring = scored.metrics if scored and scored.ok else {}
-    return {
-        "train_loss": training.get("train-loss"),
-        "dice": scoring.get("dice"),
-        "num_examples": training.get("num-examples"),
-        "steps": training.get("steps"),
-        "update_sha256": trained.update_sha256 if trained else "",
-        "seconds": round(sum(reply.metrics.get("seconds", 0.0) for reply in replies), 3),
-        "status": faults[0] if faults else "ok",
-    }
-
-
-def overhead_seconds(history: list[dict[str, Any]]) -> float | None:
-    """Mean time of a round that no site accounts for: Flower, checks, aggregation, checkpoint."""
-    return mean([r["seconds"] - sum(s["seconds"] for s in r["sites"].values()) for r in history])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 from client.agent import SiteAgent
 from client.exchange import Exchange, KnownStates
+from client.masking import Masking
 from client.memory import Memory
 from samaritan.data.slices import CaseCache
+from samaritan.keys import load_identity
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
-from samaritan.shares import public_state
+from samaritan.privacy.budget import Budget
+from samaritan.privacy.plan import privacy_plan
+from samaritan.shares import noisy_sites, public_state
 from simulation.study import TRAIN, VALIDATION, Study
 
 
@@ -21,6 +25,7 @@ def build_agents(
     initial: AdapterState,
     cache: CaseCache,
     run_dir: Path,
+    ledger_dir: Path | None = None,
     progress: Callable[[str, int, int, float], None] | None = None,
 ) -> list[SiteAgent]:
     """One agent per site; what a site keeps for itself lies in `sites/` of the run folder.
@@ -31,6 +36,8 @@ def build_agents(
         initial: The adapter before the first round.
         cache: Shared by all.
         run_dir: Run folder.
+        ledger_dir: Keeps each site's key and privacy ledger from run to run; by default they lie in
+            the run folder, and every run has a budget of its own.
         progress: Told of every training step.
     """
     config = study.config
@@ -39,6 +46,12 @@ def build_agents(
     # A payload may be added to the state before the newest.
     known = KnownStates(2 * len(adapters))
     keeps_all = config.selection.keep == "best" or config.selection.rollback_drop is not None
+    homes = {site: (ledger_dir or run_dir / "sites") / _folder(site) for site in study.sites}
+    identities = site_identities(study, homes)
+
+    def masking(site: str, home: Path) -> Masking | None:
+        return Masking(site, config, home, identities) if site in identities else None
+
     return [
         SiteAgent(
             site,
@@ -51,9 +64,38 @@ def build_agents(
             study.cases(TRAIN, site),
             study.cases(VALIDATION, site),
             progress,
+            _budget(study, site, homes[site]),
+            masking(site, homes[site]),
         )
         for site, rank in ranks.items()
     ]
+
+
+def site_identities(study: Study, homes: Mapping[str, Path]) -> dict[str, bytes]:
+    """The public key of each site that trains; none without secure aggregation.
+
+    In a federation the sites would hand them to each other, past the server.
+    """
+    if not study.config.federation.secure_aggregation:
+        return {}
+    return {
+        site: load_identity(homes[site] / "identity.key").public for site in study.training_sites
+    }
+
+
+def site_unit_budget(study: Study, home: Path) -> Budget | None:
+    """What all sites together may give away; None where a site is not the unit of privacy."""
+    if study.config.privacy.unit != "site":
+        return None
+    plan = privacy_plan(study.config, "")
+    return Budget(study.config, plan, home / "server", study.training_sites)
+
+
+def _budget(study: Study, site: str, home: Path) -> Budget | None:
+    if not noisy_sites(study.config) or site in study.observers:
+        return None
+    patients = sorted({case.subject_id for case in study.cases(TRAIN, site)})
+    return Budget(study.config, privacy_plan(study.config, site), home, tuple(patients))
 
 
 def _folder(site: str) -> str:

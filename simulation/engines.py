@@ -18,7 +18,7 @@ from samaritan.errors import ConfigError, FederationError
 from samaritan.models.adapter import build_adapted
 from server.app import make_server_app
 from server.checkpoints import Checkpoint
-from server.rounds import Federation
+from server.federation import Federation
 from simulation.agents import build_agents
 from simulation.grid import InProcessGrid, partition_id
 from simulation.study import read_study
@@ -53,7 +53,9 @@ def require_ray() -> None:
         )
 
 
-def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -> Checkpoint:
+def run_on_ray(
+    federation: Federation, data_dir: Path, ledger_dir: Path | None = None, cpus_per_site: int = 1
+) -> Checkpoint:
     """Flower's own simulation engine: each site in a Ray worker, GPUs shared out if there are any.
 
     Every worker builds its own model, so memory grows with the number of workers.
@@ -81,7 +83,7 @@ def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -
         run_simulation(
             app,
             make_client_app(
-                functools.partial(_worker_agent, str(federation.run_dir), str(data_dir))
+                functools.partial(_worker_agent, federation.run_dir, data_dir, ledger_dir)
             ),
             num_supernodes=nodes,
             backend_config={
@@ -102,14 +104,16 @@ def run_on_ray(federation: Federation, data_dir: Path, cpus_per_site: int = 1) -
     return finished[0]
 
 
-def _worker_agent(run_dir: str, data_dir: str, context: Context) -> SiteAgent:
-    return _worker_agents(run_dir, data_dir)[partition_id(context)]
+def _worker_agent(
+    run_dir: Path, data_dir: Path, ledger_dir: Path | None, context: Context
+) -> SiteAgent:
+    return _worker_agents(run_dir, data_dir, ledger_dir)[partition_id(context)]
 
 
 @functools.cache
-def _worker_agents(run_dir: str, data_dir: str) -> list[SiteAgent]:
+def _worker_agents(run_dir: Path, data_dir: Path, ledger_dir: Path | None) -> list[SiteAgent]:
     """The agents of a Ray worker; built once and kept between messages."""
-    config: Config = load_config(Path(run_dir) / "config.yaml")
-    study = read_study(config, Path(data_dir))
+    config: Config = load_config(run_dir / "config.yaml")
+    study = read_study(config, data_dir)
     model = build_adapted(config, len(study.classes))
-    return build_agents(study, model, model.state(), study.cache(), Path(run_dir))
+    return build_agents(study, model, model.state(), study.cache(), run_dir, ledger_dir)

@@ -20,7 +20,7 @@ from samaritan.models.adapter import AdaptedModel, card_of
 from samaritan.report.summary import final_scores
 from samaritan.training.evaluate import CaseScores
 from server.checkpoints import Checkpoint
-from server.rounds import overhead_seconds
+from server.history import overhead_seconds
 from simulation.study import Study
 
 
@@ -72,7 +72,6 @@ def summarise(
         "final": final,
         "baselines": reference,
         "gain": _gain(final, reference),
-        "privacy": None,
     }
 
 

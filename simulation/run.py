@@ -31,16 +31,18 @@ from samaritan.models.adapter import (
 from samaritan.models.bases import get_base
 from samaritan.models.class_tensors import counts
 from samaritan.models.presets import get_preset
+from samaritan.privacy.rules import check_privacy
 from samaritan.report.html import write_report
 from samaritan.shares import get_sharing
 from server.events import append_event
-from server.rounds import Federation, RoundCallback
-from simulation.agents import build_agents
+from server.federation import Federation, RoundCallback
+from simulation.agents import build_agents, site_unit_budget
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
 from simulation.lock import locked
 from simulation.outcome import cost_of, steps_of, summarise, write_json
 from simulation.personal import own_adapters, personal_results
+from simulation.privacy import SERVER, privacy_results
 from simulation.scoring import score_run
 from simulation.study import (
     TRAIN,
@@ -51,7 +53,6 @@ from simulation.study import (
     read_study,
 )
 from strategies.optimisers import check_optimiser
-from strategies.robust import check_secure_aggregation
 
 _PHANTOMS, _PHANTOMS_PARTIAL = "data", "data.partial"
 
@@ -78,6 +79,7 @@ def simulate(
     run_dir: Path,
     *,
     data_dir: Path | None = None,
+    ledger_dir: Path | None = None,
     engine: str = "inprocess",
     baselines: bool = False,
     resume: bool = False,
@@ -91,6 +93,8 @@ def simulate(
         config: The run.
         run_dir: Run folder; must be new or empty unless `resume` is set.
         data_dir: Data folder; phantoms are made in the run folder where the configuration says so.
+        ledger_dir: Keeps the privacy ledgers of the sites from run to run; by default each run has
+            ledgers, and so budgets, of its own.
         engine: "inprocess" or "ray".
         baselines: Also train local-only, pooled and U-Net models.
         resume: Go on from the last round in the run folder.
@@ -104,13 +108,14 @@ def simulate(
     """
     check_run(config, run_dir, data_dir=data_dir, engine=engine, resume=resume)
     with _alone_in(run_dir):
-        return _simulate(config, run_dir, data_dir, engine, baselines, watch or Watch())
+        return _simulate(config, run_dir, data_dir, ledger_dir, engine, baselines, watch or Watch())
 
 
 def _simulate(
     config: Config,
     run_dir: Path,
     data_dir: Path | None,
+    ledger_dir: Path | None,
     engine: str,
     baselines: bool,
     watch: Watch,
@@ -122,7 +127,7 @@ def _simulate(
     cache = study.cache()
     if baselines:
         cache.unlabelled(study.cases(TRAIN))  # what the pooled model will ask, before the run
-    agents = build_agents(study, model, initial, cache, run_dir, watch.step)
+    agents = build_agents(study, model, initial, cache, run_dir, ledger_dir, watch.step)
     _open_run_dir(config, run_dir)
     federation = Federation(
         config,
@@ -133,7 +138,12 @@ def _simulate(
         study.observers,
         _counts(study, initial),
         on_round=watch.round_done,
+        identities=next((a.masking.identities for a in agents if a.masking is not None), {}),
+        budget=site_unit_budget(study, ledger_dir or run_dir),
     )
+    budgets = {agent.site: agent.budget for agent in agents if agent.budget is not None}
+    if federation.budget is not None:
+        budgets[SERVER] = federation.budget
     watch.note(
         f"{len(study.sites)} sites, {len(study.cases(TRAIN))} training and "
         f"{len(study.cases(VALIDATION))} validation cases; {model.parameters():,} of "
@@ -141,7 +151,9 @@ def _simulate(
     )
     training = time.monotonic()
     state = (
-        run_on_ray(federation, data_dir) if engine == "ray" else run_in_process(federation, agents)
+        run_on_ray(federation, data_dir, ledger_dir)
+        if engine == "ray"
+        else run_in_process(federation, agents)
     )
     federated_seconds = time.monotonic() - training
     model.load(state.adapter)
@@ -150,12 +162,13 @@ def _simulate(
     adapters = own_adapters(agents, state)
     results = score_run(study, model, cache, adapters, run_dir)
     personal = personal_results(study, model, cache, agents, adapters, watch.note)
+    privacy = privacy_results(config, budgets, model.parameters())
     steps = {site: steps_of(state, site) for site in study.training_sites}
 
     def conclude(reference: dict[str, Any] | None) -> dict[str, Any]:
         cost = cost_of(state, agents, engine, time.monotonic() - begun, federated_seconds)
         summary = summarise(study, model, agents, state, results, reference, engine)
-        summary |= {"personal": personal, "cost": cost}
+        summary |= {"personal": personal, "cost": cost, "privacy": privacy}
         write_json(run_dir / "summary.json", summary)
         write_report(run_dir)
         return summary
@@ -191,7 +204,7 @@ def check_run(
     get_preset(config.peft.preset)
     get_sharing(config.strategy)
     check_optimiser(config)
-    check_secure_aggregation(config)
+    check_privacy(config)
     if engine == "ray":
         require_ray()
     if data_dir is None and config.data.source != "phantoms":

@@ -26,7 +26,7 @@ from samaritan.data.label_maps import check_label_maps, labelled_classes
 from samaritan.data.slices import CaseCache
 from samaritan.errors import ConfigError, DataError
 from samaritan.models.adapter import image_size
-from server.rounds import quorum
+from server.federation import quorum
 
 TRAIN, VALIDATION = "train", "val"
 

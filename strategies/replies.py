@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from samaritan.codecs import WireError, decode
 from samaritan.config import CodecConfig
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
-from samaritan.wire import METRICS, message_bytes, payload_of
+from samaritan.wire import CONFIG, METRICS, message_bytes, payload_of
 
 _MOST = 1e9
 _RANGES = {
@@ -30,6 +31,9 @@ _LARGEST = 1e6
 """No weight of a network moves this far; larger numbers would overflow in what follows."""
 
 
+_LEDGER = re.compile(r"\d{1,12}:[0-9a-f]{64}")
+
+
 @dataclass(frozen=True)
 class Reply:
     """One site's answer.
@@ -41,12 +45,14 @@ class Reply:
         metrics: Numbers the site sent, where the answer is usable.
         size_bytes: Serialised size.
         update_sha256: Hash of the update, where it is usable.
+        ledger: Where the site's privacy ledger stands, if it says so.
     """
 
     status: str
     metrics: dict[str, float] = field(default_factory=dict)
     size_bytes: int = 0
     update_sha256: str = ""
+    ledger: str = ""
 
     @property
     def ok(self) -> bool:
@@ -64,6 +70,7 @@ class Expected:
         shapes: Shape of every tensor by name.
         codec: How it is to be written.
         former_sha256: Hash of the site's former update; the same again is a replay.
+        metrics: Numbers that must be with it.
     """
 
     server_round: int
@@ -71,6 +78,7 @@ class Expected:
     shapes: Mapping[str, tuple[int, ...]]
     codec: CodecConfig
     former_sha256: str = ""
+    metrics: tuple[str, ...] = ("num-examples", "train-loss")
 
 
 def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, AdapterState | None]:
@@ -81,16 +89,14 @@ def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, Adapt
     """
     size = message_bytes(message)
     if message.has_error():
-        return Reply(_error_status(message)), None
+        return Reply(error_status(message)), None
     try:
         payload = payload_of(message)
         if payload is None:
             return Reply("refused: no update", size_bytes=size), None
         update, header = decode(payload, expected.shapes, expected.codec)
         metrics = _numbers(message)
-        fault = _unlike(update, header, expected) or _out_of_range(
-            metrics, ("num-examples", "train-loss")
-        )
+        fault = _unlike(update, header, expected) or _out_of_range(metrics, expected.metrics)
     except WireError as error:
         return Reply(f"refused: {error}", size_bytes=size), None
     except Exception as error:  # whatever a site sends, the round goes on
@@ -100,20 +106,47 @@ def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, Adapt
         fault = "refused: the site's former update again"
     if fault:
         return Reply(fault, size_bytes=size), None
-    return Reply("ok", metrics, size, sha256), update
+    return Reply("ok", metrics, size, sha256, ledger_of(message)), update
+
+
+def read_masked_reply(message: Message) -> tuple[Reply, bytes]:
+    """Checks what comes beside a masked update; the update itself cannot be looked at.
+
+    Returns:
+        What there is to note of the answer, and the masked update; empty bytes where there is none.
+    """
+    if message.has_error():
+        return Reply(error_status(message)), b""
+    size = message_bytes(message)
+    try:
+        payload, metrics = payload_of(message), _numbers(message)
+        ledger = ledger_of(message)
+    except Exception as error:
+        return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size), b""
+    fault = _out_of_range(metrics, ("num-examples",)) or (None if payload else "refused: no update")
+    if fault or not payload:
+        return Reply(fault or "", size_bytes=size), b""
+    return Reply("ok", metrics, size, hashlib.sha256(payload).hexdigest(), ledger), payload
 
 
 def read_evaluate_reply(message: Message) -> Reply:
     """Checks an answer to an evaluation message: scores between 0 and 1, a count of cases."""
     size = message_bytes(message)
     if message.has_error():
-        return Reply(_error_status(message))
+        return Reply(error_status(message))
     try:
         metrics = _numbers(message)
     except Exception as error:
         return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size)
     fault = _out_of_range(metrics, ("num-cases",))
     return replace(Reply(fault or "ok", size_bytes=size), metrics={} if fault else metrics)
+
+
+def ledger_of(message: Message) -> str:
+    """Where a site says its privacy ledger stands; empty if it does not say so."""
+    told = message.content.config_records.get(CONFIG)
+    text = str(told.get("ledger", "")) if told else ""
+    return text if _LEDGER.fullmatch(text) else ""
 
 
 def _numbers(message: Message) -> dict[str, float]:
@@ -146,7 +179,7 @@ def _unlike(update: AdapterState, header: Mapping[str, str], expected: Expected)
     return None
 
 
-def _error_status(message: Message) -> str:
+def error_status(message: Message) -> str:
     """The error code in a site's answer, never the rest of the text."""
     code = re.search(r"SAM-[A-Z]\d{3}", message.error.reason or "")
     return f"failed: {code[0] if code else f'error {message.error.code}'}"

@@ -16,16 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from samaritan.config import Config
-from samaritan.errors import ConfigError, FederationError
+from samaritan.errors import FederationError
 from samaritan.models.adapter import AdapterState
 from strategies.fedavg import fedavg
 from strategies.update import Situation, Update
-
-_ON_SUMS = ("fedavg", "ffa", "fedsa", "rolora")
-"""Strategies that need no more than the weighted sum of the updates."""
-
-_COMPARING = ("median", "trimmed-mean", "krum", "multi-krum")
 
 
 def median(updates: Iterable[Update], situation: Situation) -> AdapterState:
@@ -117,44 +111,6 @@ def minimum_sites(strategy: str, byzantine: int) -> int:
     if strategy in ("krum", "multi-krum"):
         return 2 * byzantine + 3
     return 1
-
-
-def needs_individual_updates(strategy: str) -> bool:
-    """Whether the server must see each site's update by itself, and not only their sum."""
-    return strategy not in _ON_SUMS
-
-
-def check_secure_aggregation(config: Config) -> None:
-    """Refuses `federation.secure_aggregation`, and says what could never work with it.
-
-    Raises:
-        ConfigError: When it is on.
-    """
-    if not config.federation.secure_aggregation:
-        return
-    off = "set federation.secure_aggregation to false."
-    if reasons := list(_reasons_for_single_updates(config)):
-        raise ConfigError(
-            "SAM-C220",
-            f"federation.secure_aggregation hides single updates, but {' and '.join(reasons)}",
-            f"Choose a strategy of {', '.join(_ON_SUMS)} without the others named above, or {off}",
-        )
-    raise ConfigError(
-        "SAM-C221",
-        "federation.secure_aggregation is not part of this version",
-        off.capitalize(),
-    )
-
-
-def _reasons_for_single_updates(config: Config) -> Iterable[str]:
-    if config.strategy in _COMPARING:
-        yield f"strategy {config.strategy} compares them"
-    elif needs_individual_updates(config.strategy):
-        yield f"strategy {config.strategy} multiplies the factors of each"
-    if config.federation.clip_norm is not None:
-        yield "federation.clip_norm measures each"
-    if config.peft.site_ranks:
-        yield "peft.site_ranks gives them shapes that cannot be added"
 
 
 def _inner_means(

@@ -319,7 +319,7 @@ def fake_site() -> type[FakeSite]:
 @pytest.fixture
 def fake_federation(tmp_path: Path) -> Callable[..., Any]:
     """A federation of fake sites: ``fake_federation(config, ["a", "b"], on_round=...)``."""
-    from server.rounds import Federation
+    from server.federation import Federation
 
     def make(config: Any, sites: Any, folder: str = "run", **more: Any) -> Any:
         run_dir = tmp_path / folder

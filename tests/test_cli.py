@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     ("simulate",), ("compare",), ("evaluate",), ("predict",), ("doctor",), ("data",),
     ("data", "check"), ("data", "describe"), ("models",), ("models", "list"), ("models", "verify"),
-    ("models", "count"), ("models", "fetch"),
+    ("models", "count"), ("models", "fetch"), ("privacy",), ("privacy", "plan"),
+    ("privacy", "ledger"), ("privacy", "ledger", "verify"), ("privacy", "ledger", "resync"),
+    ("audit",), ("audit", "privacy"),
 ]  # fmt: skip
 
 HELP = """

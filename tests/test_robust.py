@@ -16,18 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samaritan.config import Config, parse_config
-from samaritan.errors import ConfigError, FederationError
+from samaritan.errors import FederationError
 from samaritan.shares import SHARING
 from simulation.grid import InProcessGrid
 from strategies.clipping import clip, clipped, median_limit, update_norm
 from strategies.fedavg import fedavg
 from strategies.robust import (
-    check_secure_aggregation,
     krum,
     median,
     minimum_sites,
     multi_krum,
-    needs_individual_updates,
     trimmed_mean,
 )
 from strategies.update import Situation, Update
@@ -366,51 +364,6 @@ def test_krum_compares_only_sites_with_a_say_in_everything(name):
         RULES[name](updates_of(deltas, counts=[*[{}] * 4, silent]), situation())
     with pytest.raises(FederationError, match="0 usable"):
         RULES[name](updates_of(deltas, counts=[silent] * 5), situation())
-
-
-# Secure aggregation.
-
-
-def refused(**tree):
-    federation = {"secure_aggregation": True} | tree.pop("federation", {})
-    with pytest.raises(ConfigError) as caught:
-        check_secure_aggregation(parse_config({"federation": federation} | tree))
-    return caught.value
-
-
-@pytest.mark.parametrize("strategy", SHARING)
-def test_a_run_without_secure_aggregation_is_never_refused(strategy):
-    check_secure_aggregation(
-        parse_config({"strategy": strategy, "federation": {"clip_norm": "median"}})
-    )
-
-
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fedsa", "rolora"])
-def test_rules_on_sums_are_refused_only_because_the_protocol_is_absent(strategy):
-    assert not needs_individual_updates(strategy)
-    assert refused(strategy=strategy).code == "SAM-C221"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "reason"),
-    [(name, "compares") for name in RULES]
-    + [(name, "multiplies") for name in ("svd", "fedex", "flora")],
-)
-def test_rules_on_single_updates_are_refused_with_the_reason(strategy, reason):
-    assert needs_individual_updates(strategy)
-    error = refused(strategy=strategy)
-    assert error.code == "SAM-C220"
-    assert f"strategy {strategy} {reason}" in error.message
-    assert "fedavg" in error.hint
-
-
-@pytest.mark.parametrize("limit", ["median", 0.5])
-def test_clipping_and_mixed_ranks_are_refused_under_any_strategy_and_all_are_named(limit):
-    assert "clip_norm" in refused(federation={"clip_norm": limit}).message
-    assert "site_ranks" in refused(peft={"site_ranks": {"x": 2}}).message
-    both = refused(strategy="svd", federation={"clip_norm": limit}, peft={"site_ranks": {"x": 2}})
-    assert both.code == "SAM-C220"
-    assert all(key in both.message for key in ("clip_norm", "site_ranks", "strategy svd"))
 
 
 # Clipping.

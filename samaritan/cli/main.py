@@ -8,7 +8,18 @@ import os
 import typer
 
 from samaritan import __version__
-from samaritan.cli import compare, data, doctor, evaluate, models, predict, simulate
+from samaritan.cli import (
+    audit,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    ledger,
+    models,
+    predict,
+    privacy,
+    simulate,
+)
 from samaritan.cli.console import fail, say
 from samaritan.errors import SamaritanError
 
@@ -28,6 +39,9 @@ app.command()(predict.predict)
 app.command()(doctor.doctor)
 app.add_typer(data.app, name="data", help="Check and describe data folders.")
 app.add_typer(models.app, name="models", help="Base models and what is trained on them.")
+app.add_typer(privacy.app, name="privacy", help="Plan a privacy budget, look after its ledger.")
+privacy.app.add_typer(ledger.app, name="ledger", help="Check and mend the ledger of a site.")
+app.add_typer(audit.app, name="audit", help="Test what Samaritan claims.")
 
 
 @app.callback(invoke_without_command=True)

@@ -35,6 +35,10 @@ def simulate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out after its last round.")
     ] = False,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps the sites' privacy ledgers from run to run."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
 ) -> None:
     """Run a whole federation on this machine."""
@@ -58,6 +62,7 @@ def simulate(
             settings,
             run_dir,
             data_dir=data,
+            ledger_dir=ledger,
             engine=engine.value,
             baselines=baselines,
             resume=resume,
@@ -95,10 +100,8 @@ def _round_line(entry: dict[str, Any], rounds: int) -> str:
     losses = [s["train_loss"] for s in entry["sites"].values() if s["train_loss"] is not None]
     error = entry["aggregation_error"]
     known = "" if error is None else f"aggregation error {error:.2g}, "
-    line = (
-        f"round {entry['round']}/{rounds}: {dice}, loss {sum(losses) / len(losses):.3f}, "
-        f"{known}{entry['seconds']:.1f} s"
-    )
+    loss = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""  # withheld under privacy
+    line = f"round {entry['round']}/{rounds}: {dice}, {loss}{known}{entry['seconds']:.1f} s"
     notes = [f"{site}: {status}" for site, status in faults.items()]
     notes += long_update_sentences({"rounds": [entry]})
     if "rolled_back_to" in entry:

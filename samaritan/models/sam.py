@@ -132,21 +132,28 @@ def _decode(
 ) -> Tensor:
     """(B, C, h, w) image embeddings -> (B, classes + 1, H, W) mask logits.
 
-    The whole batch is decoded at once: output tokens and the "no mask" embedding are expanded to
-    the batch, so that every trained tensor sees one row per record.
+    The whole batch is decoded at once: output tokens and the "no mask" embedding are looked up for
+    each record, so that every trained tensor sees one row per record.
     """
     decoder, encoder = sam.mask_decoder, sam.prompt_encoder
     b, c, h, w = embedding.shape
-    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(b, -1, -1)
+    tokens = torch.cat([whole_table(decoder.iou_token, b), whole_table(decoder.mask_tokens, b)], 1)
     if prompts is not None:
         tokens = torch.cat([tokens, _prompt_tokens(encoder, prompts, input_size)], 1)
-    no_mask = encoder.no_mask_embed.weight.reshape(1, c, 1, 1)
+    no_mask = whole_table(encoder.no_mask_embed, b).reshape(b, c, 1, 1)
     position = encoder.pe_layer((h, w)).unsqueeze(0).expand(b, -1, -1, -1)
     hidden, image = decoder.transformer(embedding + no_mask, position, tokens)
     upscaled = decoder.output_upscaling(image.transpose(1, 2).reshape(b, c, h, w))
     networks = enumerate(decoder.output_hypernetworks_mlps)
     weights = torch.stack([network(hidden[:, 1 + i]) for i, network in networks], dim=1)
     return torch.einsum("bnc,bchw->bnhw", weights, upscaled)
+
+
+def whole_table(embedding: nn.Embedding, batch: int) -> Tensor:
+    """(B, rows, C): all rows for each record, by the module, whose hooks then see each record."""
+    rows = torch.arange(len(embedding.weight), device=embedding.weight.device)
+    table: Tensor = embedding(rows.expand(batch, -1))
+    return table
 
 
 def _prompt_tokens(encoder: Any, prompts: Prompts, input_size: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from samaritan.errors import ConfigError
 from samaritan.models.family import Family, Prompts
 from samaritan.models.hiera import encode_hiera
-from samaritan.models.sam import fit_tokens
+from samaritan.models.sam import fit_tokens, whole_table
 from samaritan.models.sam2_names import image_state
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -146,11 +146,10 @@ def _decode(
     """
     decoder, (image, middle, fine) = model.mask_decoder, features
     b, c, h, w = image.shape
-    tokens = torch.cat([
-        decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight,
-    ]).expand(b, -1, -1)  # fmt: skip
+    tables = (decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens)
+    tokens = torch.cat([whole_table(table, b) for table in tables], 1)
     tokens = torch.cat([tokens, _prompt_tokens(model, prompts, b, input_size)], 1)
-    no_mask = model.prompt_encoder.no_mask_embed.weight.reshape(1, c, 1, 1)
+    no_mask = whole_table(model.prompt_encoder.no_mask_embed, b).reshape(b, c, 1, 1)
     hidden, image = decoder.transformer(
         point_embeddings=tokens[:, None],  # transformers has a dimension for several objects here
         image_embeddings=image + no_mask,

@@ -116,18 +116,12 @@ def train_locally(
     received = {n: p.detach().clone() for n, p in trained.items()} if settings.proximal_mu else {}
     shift = {n: t.to(device) for n, t in (control or {}).items()}
     totals = {} if control is None else {n: torch.zeros_like(p) for n, p in trained.items()}
-    optimiser = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=_BETAS,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimiser = adamw(parameters, settings)
     loss_of = SegmentationLoss(settings.dice_weight, cache.unlabelled(cases))
     losses: list[float] = []
     model.segmenter.train()
     resting = [p for n, p in model.trained.items() if n not in trained]
-    with _without_gradient(resting), batch_parts(device, settings.batch_size) as parts:
+    with without_gradient(resting), batch_parts(device, settings.batch_size) as parts:
         forward, feed = _forward_and_feed(model, cache, cases, settings, total, generator, parts)
         for step, batch in enumerate(on_device(feed, device), 1):
             rate = learning_rate(step, total, schedule, settings)
@@ -148,11 +142,7 @@ def train_locally(
                 )
             optimiser.step()
             if time.monotonic() - begun > timeout_s and step < total:
-                raise TrainingError(
-                    "SAM-T103",
-                    f"the round's {timeout_s:.0f} s ran out after step {step} of {total}",
-                    "Raise federation.round_timeout_s or lower training.slices_per_case.",
-                )
+                raise out_of_time(timeout_s, step, total, "training.slices_per_case")
             if on_step is not None:
                 on_step(step, total, losses[-1])
     model.segmenter.eval()
@@ -161,8 +151,28 @@ def train_locally(
     return TrainingResult(sum(losses) / taken, taken, time.monotonic() - begun, mean or None)
 
 
+def adamw(parameters: Sequence[torch.nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
+    """The optimiser of a round."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=_BETAS,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def out_of_time(timeout_s: float, step: int, steps: int, key: str) -> TrainingError:
+    """The error of a round that takes too long; `key` makes it shorter."""
+    return TrainingError(
+        "SAM-T103",
+        f"the round's {timeout_s:.0f} s ran out after step {step} of {steps}",
+        f"Raise federation.round_timeout_s or lower {key}.",
+    )
+
+
 @contextlib.contextmanager
-def _without_gradient(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+def without_gradient(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Spares the backward pass what only these need, until the end of the block."""
     switched = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in switched:

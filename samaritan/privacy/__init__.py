@@ -1,0 +1,1 @@
+"""Differential privacy, the ledger of what was spent, and secure aggregation."""
