@@ -38,6 +38,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.aggregation
 	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.communication
+	$(BIN)/python -m benchmarks.private_step
+	$(BIN)/python -m benchmarks.secure_sum
 
 clean:
 	rm -rf $(VENV) build *.egg-info

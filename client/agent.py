@@ -7,6 +7,7 @@ before it does anything.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
 from samaritan.privacy.adaptive import AdaptiveClip
 from samaritan.privacy.budget import Budget
 from samaritan.privacy.ledger import Question
-from samaritan.shares import CONTROL, Shares, shares, tells_scores
+from samaritan.shares import CONTROL, Shares, noisy_sites, shares, tells_scores
 from samaritan.training.drift import control_change
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, StepCallback, round_seed, train_locally
@@ -99,6 +100,7 @@ class SiteAgent:
         """
         begun = time.monotonic()
         self._check(instruction)
+        self._require_parts(step)
         received = self.exchange.receive(payload, instruction)
         notes = self.memory.recall(instruction.used_round)
         if self.budget is not None:
@@ -106,14 +108,8 @@ class SiteAgent:
         else:
             update, metrics = self._train_openly(received, notes, instruction)
             metrics["seconds"] = time.monotonic() - begun
-        if self.masking is None:
+        if self.masking is None or step is None:
             return update, metrics
-        if step is None:
-            raise PrivacyError(
-                "SAM-P306",
-                f"site {self.site} was asked for an update without masks",
-                "The server asks for more than was agreed to; look at its version.",
-            )
         names = shares(self.config, self.initial, instruction.server_round).sent
         shapes = {name: tuple(self.initial[name].shape) for name in names}
         return self.masking.mask(update, shapes, step, instruction), metrics
@@ -132,6 +128,21 @@ class SiteAgent:
                 "Give server and sites the same configuration.",
             )
         return self.masking.step(step, instruction)
+
+    def _require_parts(self, step: MaskingStep | None) -> None:
+        """Refuses to train in the open where noise or masks were agreed to."""
+        if self.config.federation.secure_aggregation and (step is None or self.masking is None):
+            raise PrivacyError(
+                "SAM-P306",
+                f"site {self.site} was asked for an update without masks",
+                "The server asks for more than was agreed to; look at its version.",
+            )
+        if noisy_sites(self.config) and self.budget is None:
+            raise PrivacyError(
+                "SAM-P311",
+                f"site {self.site} has no privacy ledger, and noise was agreed to",
+                "Start the site with its ledger.",
+            )
 
     def _train_openly(
         self, received: AdapterState, notes: Notes, instruction: Instruction
@@ -197,9 +208,11 @@ class SiteAgent:
             norm = {"clip": {"norm": torch.tensor([adaptive.clip_norm])}} if adaptive else {}
             return self._pack(instruction, start, notes, roles, norm, {})
 
-        question = Question(
-            instruction.config_sha256, instruction.server_round, instruction.state_sha256
-        )
+        # What the site starts from is the server's state and its own notes.
+        start_hash = hashlib.sha256(
+            f"{instruction.state_sha256}/{self.memory.identifier}/{instruction.used_round}".encode()
+        ).hexdigest()
+        question = Question(instruction.config_sha256, instruction.server_round, start_hash)
         update, ledger = budget.answer(question, clip_norm, work, instruction.ledger)
         told: Metrics = {"num-examples": plan.records, "steps": plan.steps_per_round}
         return update, told | {"ledger": ledger}

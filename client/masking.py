@@ -16,7 +16,7 @@ from samaritan.errors import PrivacyError
 from samaritan.files import write_atomically
 from samaritan.keys import load_identity
 from samaritan.models.vectors import flat
-from samaritan.privacy.secure_sum import Member, Record, Terms
+from samaritan.privacy.secure_sum import FEWEST, Member, Record, Terms
 from samaritan.wire import Instruction, MaskingStep
 
 
@@ -77,8 +77,14 @@ class Masking:
             instruction: From the server.
 
         Raises:
-            PrivacyError: As `Member`.
+            PrivacyError: SAM-P310 in another step; else as `Member`.
         """
+        if asked.stage != "masked":
+            raise PrivacyError(
+                "SAM-P310",
+                f"site {self.site} was asked for its masked update in the step {asked.stage!r}",
+                "Give server and sites the same version of Samaritan.",
+            )
         state, _ = decode(update, shapes, CodecConfig())
         member = self._member(asked, instruction)
         vector = flat(state)
@@ -91,10 +97,18 @@ class Masking:
     def _member(self, asked: MaskingStep, instruction: Instruction) -> Member:
         """As the file left it; anew for the first step of an attempt.
 
-        Only attempt and length are the server's to choose.
+        Attempt, length and state are the server's to choose; members mask only with those who were
+        told the same.
         """
-        run, number = instruction.config_sha256, instruction.server_round
-        terms = Terms(run, number, asked.attempt, asked.length, _clip_norm(self.config))
+        terms = Terms(
+            instruction.config_sha256,
+            instruction.server_round,
+            asked.attempt,
+            asked.length,
+            _clip_norm(self.config),
+            instruction.state_sha256,
+            max(FEWEST, self.config.federation.min_sites or FEWEST),
+        )
         return Member(
             self.site,
             load_identity(self.home / "identity.key"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,14 @@ class Memory:
 
     folder: Path
     keep_all: bool = False
+
+    @property
+    def identifier(self) -> str:
+        """Drawn when it is first asked for: notes in another folder are other notes."""
+        path = self.folder / "identifier"
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(16).encode(), private=True)
+        return path.read_text()
 
     def recall(self, used_round: int) -> Notes:
         """The notes of that round or the last before it; empty when there are none."""

@@ -38,7 +38,8 @@ class ModelConfig(Section):
     base: str = "tiny"
     """A name from `samaritan models list`."""
     checkpoint: str | None = None
-    """Checkpoint file (.pth or .safetensors); every base but `tiny` needs one."""
+    """Checkpoint file (.pth or .safetensors); every base but `tiny` needs one, and `tiny` may have
+    one that was trained on other data."""
     checkpoint_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Refuse any other file."""
     image_size: Side | tuple[Side, Side] | None = None

@@ -231,9 +231,12 @@ class Asking:
         return self._send(contents, kind)
 
     def query(self, steps: Mapping[str, MaskingStep]) -> Iterator[tuple[str, Message]]:
-        """Answers to steps of a secure sum that need no state."""
-        config = self.instruction.record()
-        contents = {site: content(config=config, masking=step) for site, step in steps.items()}
+        """Answers to steps of a secure sum, which name the state and do not bring it."""
+        contents = {}
+        for site, step in steps.items():
+            state = self.post.delivery.state(site).sha256
+            config = replace(self.instruction, state_sha256=state).record()
+            contents[site] = content(config=config, masking=step)
         for site, message in self._send(contents, SECURE_SUM):
             self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
             yield site, message

@@ -5,23 +5,33 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from samaritan.config import Config
 from samaritan.training.metrics import mean
 from server.asking import Asking
 from strategies.replies import Reply
 
-_OF_THE_DATA = ("train_loss", "num_examples", "steps", "update_norm")
-"""What an entry says of a site's update and cases."""
+_OF_THE_DATA: dict[str, Any] = {
+    "train_loss": None, "num_examples": None, "steps": None, "update_norm": None,
+    "update_sha256": "", "seconds": 0.0,
+}  # fmt: skip
+"""What an entry says of a site's update and cases, left out."""
+
+
+def published(entry: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A round as events and summary.json tell of it.
+
+    Where a site is the unit of privacy, what its update was like is left out: the noise covers the
+    adapter alone.
+    """
+    if config.privacy.unit != "site":
+        return entry
+    return entry | {"sites": {site: told | _OF_THE_DATA for site, told in entry["sites"].items()}}
 
 
 def round_entry(
     server_round: int, asking: Asking, oracle_prompts: str, seconds: float
 ) -> dict[str, Any]:
-    """A round as summary.json holds it.
-
-    Where a site is the unit of privacy, what its update was like is left out: the adapter's noise
-    does not cover it.
-    """
-    hidden = asking.post.config.privacy.unit == "site"
+    """A round as a checkpoint holds it."""
     names = sorted(asking.trained.keys() | asking.scored.keys())
     dice = functools.reduce(
         _add_weighted, (r.metrics for r in asking.scored.values() if r.ok), (0.0, 0.0)
@@ -38,7 +48,6 @@ def round_entry(
                 "bytes_down": asking.bytes_down.get(name, 0),
                 "update_norm": asking.norms.get(name),
             }
-            | (dict.fromkeys(_OF_THE_DATA) if hidden else {})
             for name in names
         },
     }

@@ -26,7 +26,7 @@ from server.asking import Asking, Post
 from server.checkpoints import Checkpoint, read_round, save_checkpoint
 from server.delivery import Delivery, Published, publish, publish_after
 from server.federation import Federation, quorum, resume_point
-from server.history import round_entry
+from server.history import published, round_entry
 from server.judgement import (
     BUDGET_SPENT,
     best_round,
@@ -77,7 +77,7 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
                 federation.note,
             )  # fmt: skip
             left = left_sites(state.history)
-            while not _is_over(config, state) and left < set(federation.sites):
+            while not _is_over(config, state) and _are_enough(federation, left):
                 before = len(left)
                 try:
                     state = _next_round(federation, post, state, left)
@@ -96,17 +96,27 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
         )
         raise
     if state.server_round < config.rounds:
-        federation.note("stopped_early", round=state.server_round, best=best_round(state.history))
+        plateau = on_plateau(state.history, config.selection.patience)
+        federation.note(
+            "stopped_early", round=state.server_round, best=best_round(state.history),
+            reason="no better Dice" if plateau else "privacy budgets spent",
+        )  # fmt: skip
     state = _chosen(federation, state)
     federation.note("run_finished", rounds=len(state.history), adapter_of_round=state.server_round)
     return state
+
+
+def _are_enough(federation: Federation, left: set[str]) -> bool:
+    """Whether the sites that have not left can make a round."""
+    staying = len(set(federation.sites) - left)
+    return not left or staying >= quorum(federation.config, staying)
 
 
 def _require_rounds(state: Checkpoint) -> None:
     if not state.server_round:
         raise FederationError(
             "SAM-F107",
-            "no site can afford a single round within its privacy budget",
+            "too few sites can afford a single round within their privacy budgets",
             "Raise privacy.epsilon or privacy.noise_multiplier, or lower privacy.steps_per_round; "
             "`samaritan privacy plan` shows what fits.",
         )
@@ -183,9 +193,10 @@ def _next_round(
     state = Checkpoint(number, adapter, [*state.history, entry], state.config_sha256, slots)
     state = _rolled_back(federation, post.delivery, state)
     save_checkpoint(federation.checkpoints, state)
-    federation.note("round_finished", **entry)
+    told = published(entry, config)
+    federation.note("round_finished", **told)
     if federation.on_round is not None:
-        federation.on_round(entry)
+        federation.on_round(told)
     return state
 
 

@@ -15,7 +15,7 @@ import torch
 
 from samaritan.errors import FederationError, PrivacyError
 from samaritan.models.vectors import length, unflat
-from samaritan.privacy.secure_sum import Coordinator, Terms
+from samaritan.privacy.secure_sum import FEWEST, Coordinator, Terms
 from samaritan.wire import MaskingStep, read_masking_step
 from server.asking import Asking
 from server.judgement import ROUND_OPENED
@@ -78,6 +78,8 @@ def _attempt(
     terms = Terms(
         instruction.config_sha256, instruction.server_round, attempt, max(1, length(shapes)),
         float(limit or 0),  # a configuration without is refused before the run
+        asking.expected(sites[0]).state_sha256 if sites else "",
+        max(FEWEST, asking.post.config.federation.min_sites or FEWEST),
     )  # fmt: skip
     coordinator = Coordinator(terms, {site: identities[site] for site in sites})
     silent = Reply("late: no answer")

@@ -47,10 +47,12 @@ def build_agents(
     known = KnownStates(2 * len(adapters))
     keeps_all = config.selection.keep == "best" or config.selection.rollback_drop is not None
     homes = {site: (ledger_dir or run_dir / "sites") / _folder(site) for site in study.sites}
-    identities = site_identities(study, homes)
+    own = {site: run_dir / "sites" / _folder(site) for site in study.sites}
+    identities = site_identities(study, own)
 
-    def masking(site: str, home: Path) -> Masking | None:
-        return Masking(site, config, home, identities) if site in identities else None
+    def masking(site: str) -> Masking | None:
+        # Of this run alone: what was opened in another says nothing of it.
+        return Masking(site, config, own[site], identities) if site in identities else None
 
     return [
         SiteAgent(
@@ -59,13 +61,13 @@ def build_agents(
             model,
             adapters[rank],
             Exchange(site, config, public_state(config, adapters[rank]), known),
-            Memory(run_dir / "sites" / _folder(site), keeps_all),
+            Memory(own[site], keeps_all),
             cache,
             study.cases(TRAIN, site),
             study.cases(VALIDATION, site),
             progress,
             _budget(study, site, homes[site]),
-            masking(site, homes[site]),
+            masking(site),
         )
         for site, rank in ranks.items()
     ]

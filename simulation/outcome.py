@@ -20,7 +20,7 @@ from samaritan.models.adapter import AdaptedModel, card_of
 from samaritan.report.summary import final_scores
 from samaritan.training.evaluate import CaseScores
 from server.checkpoints import Checkpoint
-from server.history import overhead_seconds
+from server.history import overhead_seconds, published
 from simulation.study import Study
 
 
@@ -67,7 +67,7 @@ def summarise(
             }
             for agent in agents
         },
-        "rounds": state.history,
+        "rounds": [published(entry, config) for entry in state.history],
         "adapter_of_round": state.server_round,
         "final": final,
         "baselines": reference,

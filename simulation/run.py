@@ -162,7 +162,7 @@ def _simulate(
     adapters = own_adapters(agents, state)
     results = score_run(study, model, cache, adapters, run_dir)
     personal = personal_results(study, model, cache, agents, adapters, watch.note)
-    privacy = privacy_results(config, budgets, model.parameters())
+    privacy = privacy_results(config, budgets, model.parameters(), state.history)
     steps = {site: steps_of(state, site) for site in study.training_sites}
 
     def conclude(reference: dict[str, Any] | None) -> dict[str, Any]:

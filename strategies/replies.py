@@ -31,7 +31,7 @@ _LARGEST = 1e6
 """No weight of a network moves this far; larger numbers would overflow in what follows."""
 
 
-_LEDGER = re.compile(r"\d{1,12}:[0-9a-f]{64}")
+_LEDGER = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from samaritan.config import PeftConfig
 from samaritan.errors import ModelError
 from samaritan.models import memory
+from samaritan.models.adapt import adapt
 from samaritan.models.bases import BASES, build_base, fitting_base
 from samaritan.models.checkpoints import file_sha256, read_state
 from samaritan.models.sam import construct
@@ -137,10 +139,27 @@ def test_a_base_without_its_checkpoint() -> None:
     assert caught.value.code == "SAM-M103"
 
 
-def test_the_embedded_base_takes_no_checkpoint(mini_file: Path) -> None:
+def test_the_embedded_base_refuses_a_checkpoint_of_another(mini_file: Path) -> None:
     with pytest.raises(ModelError) as caught:
         build_base("tiny", 2, checkpoint=mini_file)
-    assert caught.value.code == "SAM-M102"
+    assert caught.value.code == "SAM-M204"
+
+
+def test_the_embedded_base_may_have_been_trained_elsewhere(tmp_path: Path) -> None:
+    """Then presets train no more of it than of any other base."""
+    fresh = build_base("tiny", 2)
+    state = {name: value + 0.01 for name, value in fresh.model.state_dict().items()}
+    save_file(state, tmp_path / "own.safetensors")
+    own = build_base("tiny", 2, checkpoint=tmp_path / "own.safetensors")
+    assert own.sha256 != fresh.sha256
+    assert all(torch.equal(v, state[name]) for name, v in own.model.state_dict().items())
+    how = {"input_size": (48, 48), "depth": 1, "seed": 0}
+    trained = [
+        set(adapt(base.model, base.spec, PeftConfig(preset="lora-only"), **how)[1])  # type: ignore[arg-type]
+        for base in (fresh, own)
+    ]
+    assert trained[1] < trained[0]
+    assert all(".lora_" in name for name in trained[1])
 
 
 class Bomb:

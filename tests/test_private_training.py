@@ -18,12 +18,17 @@ import yaml
 from samaritan.codecs import decode, encode
 from samaritan.config import CodecConfig, Config, config_sha256, parse_config
 from samaritan.data.phantoms import write_phantoms
-from samaritan.errors import PrivacyError, SamaritanError
+from samaritan.errors import ConfigError, PrivacyError, SamaritanError
 from samaritan.models.adapter import build_adapted
-from samaritan.models.bases import state_sha256
+from samaritan.models.bases import BASES, FAMILIES, state_sha256
+from samaritan.models.family import Prompts
 from samaritan.privacy.accounting import Spending, epsilon_of
+from samaritan.privacy.audit.gate import require_sound_mechanism
 from samaritan.privacy.ledger import open_ledger
+from samaritan.privacy.mechanism import Mechanism
 from samaritan.privacy.plan import privacy_plan
+from samaritan.privacy.rules import check_privacy
+from samaritan.training.feed import Batch, joined
 from samaritan.training.private import patients_of
 from samaritan.wire import Instruction
 from simulation.agents import build_agents
@@ -279,7 +284,7 @@ def test_studies_on_the_same_patients_share_their_budget(phantoms, model, tmp_pa
 def test_the_server_is_told_where_the_ledger_stands_and_an_older_one_is_refused(site):
     one = site()
     _, told = one.update()
-    assert told["ledger"].startswith("2:")
+    assert len(told["ledger"]) == 64
     kept = {path: path.read_bytes() for path in one.home.glob("ledger*/*.jsonl")}
     _, later = one.update(2)
     for path, content in kept.items():
@@ -353,7 +358,7 @@ def test_a_run_ends_well_when_no_site_can_afford_another_round(tmp_path):
 
 def test_a_run_that_cannot_afford_a_round_says_so(tmp_path):
     config = settings(privacy={"epsilon": ONE_ROUND / 2})
-    with pytest.raises(SamaritanError, match="no site can afford") as caught:
+    with pytest.raises(SamaritanError, match="too few sites can afford") as caught:
         run(config, tmp_path / "run")
     assert caught.value.code == "SAM-F107"
 
@@ -362,6 +367,7 @@ def test_a_run_that_cannot_afford_a_round_says_so(tmp_path):
 def test_the_other_units_run_and_are_called_what_they_are(unit, tmp_path):
     peft = {"preset": "decoder-only"}  # Opacus does not see the position table that others train
     config = settings(
+        data={"context_slices": 1},
         peft=peft,
         privacy={"unit": unit, "records": 3 if unit == "site" else 50, "sampling_rate": 0.05},
     )
@@ -393,3 +399,64 @@ def test_without_privacy_nothing_of_it_is_there(tmp_path):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["privacy"]["unit"] == (
         "none"
     )
+
+
+def test_a_site_does_not_train_with_a_mechanism_that_fails_its_audit(site, monkeypatch):
+    """The planted fault: noise is drawn and not added."""
+    one = site()
+    original = Mechanism.release
+
+    def silent(self, vectors, size, random, device="cpu"):
+        return original(replace(self, noise_multiplier=1e-9), vectors, size, random, device)
+
+    monkeypatch.setattr(Mechanism, "release", silent)
+    require_sound_mechanism.cache_clear()
+    try:
+        with pytest.raises(PrivacyError, match="found a violation") as caught:
+            one.train()
+    finally:
+        require_sound_mechanism.cache_clear()
+    assert caught.value.code == "SAM-P405"
+    assert [r["type"] for r in one.records()] == ["genesis"]
+
+
+# What must not tie records to each other.
+
+
+@pytest.mark.parametrize("base", ["tiny", "vit_b", "sam2_hiera_tiny"])
+def test_no_layer_of_a_base_looks_across_the_batch(base):
+    """Rule 7."""
+    spec = BASES[base]
+    with torch.device("meta"):
+        model = FAMILIES[spec.family].construct(spec.shape, 2, spec.channels or 3, "official")
+    across = torch.nn.modules.batchnorm._BatchNorm
+    assert not [name for name, m in model.named_modules() if isinstance(m, across)]
+
+
+def test_what_training_sees_of_a_case_does_not_depend_on_the_others(phantoms):
+    """Rule 8: intensities are scaled by the volume itself."""
+    study = read_study(settings(), phantoms)
+    cases = study.cases("train")
+    alone = study.cache().get(cases[-1])
+    cache = study.cache()
+    together = [cache.get(case) for case in cases][-1]
+    assert alone.sha256 == together.sha256
+
+
+def test_structures_must_be_named_and_not_found_in_the_data():
+    """Rule 8."""
+    with pytest.raises(ConfigError, match=r"data\.classes"):
+        check_privacy(settings(data={"source": "folder"}))
+
+
+def test_batches_are_joined_with_prompts_of_unequal_number():
+    def batch(count, prompts):
+        hints = None
+        if prompts:
+            hints = Prompts(torch.full((count, prompts, 2), 3.0), torch.ones(count, prompts).long())
+        return Batch(torch.rand(count, 1, 4, 4), torch.zeros(count, 4, 4).long(), hints)
+
+    found = joined([batch(1, 2), batch(2, 0), batch(1, 1)])
+    assert found.inputs.shape == (4, 1, 4, 4)
+    assert found.prompts.labels.tolist() == [[1, 1], [-1, -1], [-1, -1], [1, -1]]
+    assert joined([batch(1, 0), batch(1, 0)]).prompts is None

@@ -17,11 +17,14 @@ import torch
 from samaritan.cli.simulate import _result_line, _round_line
 from samaritan.config import parse_config
 from samaritan.errors import DataError, StorageError
-from samaritan.report import aggregation, facts, plots, trouble, units
+from samaritan.privacy.budget import Budget
+from samaritan.privacy.plan import privacy_plan
+from samaritan.report import aggregation, facts, plots, privacy, trouble, units
 from samaritan.report.html import write_report
 from samaritan.report.overlay import draw_overlay
 from samaritan.shares import SHARING
 from simulation.engines import run_in_process
+from simulation.privacy import SERVER, privacy_results
 
 HOSTILE = '<script>alert("x")</script> $\\frac{ "\' & --> ]]> javascript:alert(1)'
 CHROMIUM = next(
@@ -268,13 +271,9 @@ def assert_sound(html):
         value in {"nan", "inf"} for _, attrs in page.elements for value in attrs.values()
     )
     assert "None" not in page.text
+    claims = re.sub(r"secure (aggregation|sum)\b", "", page.text.lower())  # names of the method
     for claim in ("compliant", "anonymous", "secure"):
-        allowed = (
-            page.text.lower()
-            .replace("no secure aggregation", "")
-            .replace("no differential privacy and no secure", "")
-        )
-        assert not re.search(rf"\b{claim}\b", allowed.replace("no secure aggregation", ""))
+        assert not re.search(rf"\b{claim}\b", claims)
     return page
 
 
@@ -448,7 +447,10 @@ def test_untrusted_names_stay_text(tmp_path, names):
     summary["peft"]["preset"] = first
     summary["baselines"]["local_only"]["note"] = first
     summary["baselines"][first] = {"dice_mean": 0.5, "note": first}
-    summary["privacy"] = {name: name for name in names}
+    summary["privacy"] = {
+        "unit": "patient", "statement": first, "warnings": list(names), "scores": first,
+        "sites": {name: {"epsilon": 1.0, "budget": name} for name in names},
+    }  # fmt: skip
     summary["environment"] = {name: name for name in names}
     page = report(tmp_path / "run", summary, cases)
     assert page.text.count(first) >= 8
@@ -480,12 +482,223 @@ def test_lists_what_went_wrong_with_rounds_and_sites(tmp_path):
     assert "11 / 11" in page.text  # C was not asked in round 7
 
 
-def test_shows_a_privacy_record(tmp_path):
-    summary, cases = make_summary(rounds=1, cases=4)
-    summary["privacy"] = {"A": {"epsilon": 7.94, "delta": 1e-05}, "unit": "patient"}
-    page = report(tmp_path / "run", summary, cases)
-    assert "A.epsilon 7.94" in page.text
-    assert "used no differential privacy" not in page.text
+# ---- privacy ---------------------------------------------------------------------------------
+
+
+def private(tmp_path, unit="patient", masked=False, rounds=3, **keys):
+    """A summary as a run with privacy writes it, without much to draw; its ledgers are empty."""
+    sites = ("A", "B", "C")
+    summary = make_summary(sites=sites, rounds=rounds, cases=6)[0] | {"baselines": None}
+    tree = {"epsilon": 30, "records": 40, "noise_multiplier": 1.0, "sampling_rate": 0.5}
+    settings = {"unit": unit} | (tree if unit != "none" else {}) | keys
+    config = parse_config(
+        {"strategy": "ffa", "privacy": settings, "federation": {"secure_aggregation": masked}}
+    )
+    budgets = {
+        site: Budget(config, privacy_plan(config, site), tmp_path / "ledgers" / site, ("p",))
+        for site in ([] if unit == "none" else [SERVER] if unit == "site" else sites)
+    }
+    summary["privacy"] = privacy_results(config, budgets, 1000)
+    for entry in summary["privacy"].get("sites", {}).values():
+        entry["epsilon"] = 8.1051661
+    hidden = unit != "none" and keys.get("scores") != "declared"
+    summary["rounds"] = summary["rounds"][1:]
+    for entry in summary["rounds"]:
+        entry["dice_mean"] = None if hidden else 0.5
+        for answer in entry["sites"].values():
+            answer["update_sha256"] = "" if unit == "site" else "ab" * 32
+            if unit != "none":
+                answer["train_loss"] = None
+            if hidden:
+                answer["dice"] = None
+    return summary
+
+
+def handed(page):
+    """The list of what each site handed to the server."""
+    return page.text.split("would send in a deployment: ")[1].split(". Images")[0]
+
+
+def test_the_guarantee_comes_first_and_every_site_has_a_line(tmp_path):
+    page = report(tmp_path / "run", private(tmp_path))
+    _, section = page.text.split(" Privacy Guarantee: ")
+    assert section.startswith("epsilon at most 30 at delta 1 × 10⁻⁵ for one patient of a site")
+    assert "What the patients of each site may give away" in section
+    for site in "ABC":
+        assert f"{site} 8.11 30 27 % 1 × 10⁻⁵ 40 1 0.5 20" in section  # rounded up
+    assert "no differential privacy" not in page.text
+
+
+def test_a_bound_is_never_rounded_down(tmp_path):
+    summary = private(tmp_path)
+    found = []
+    for epsilon in (8.1, 8.100001, 8.109999, 0.0):
+        summary["privacy"]["sites"]["A"]["epsilon"] = epsilon
+        found.append(privacy.spending_rows(summary)[0].epsilon)
+    assert found == ["8.10", "8.11", "8.11", "0.00"]
+
+
+def test_a_guarantee_of_one_site_is_not_told_as_that_of_all(tmp_path):
+    summary = private(tmp_path, records={"A": 40, "B": 70, "C": 40})
+    page = report(tmp_path / "run", summary)
+    assert (
+        "Guarantee at the site where it is weakest, with the others in the table: epsilon"
+        in page.text
+    )
+    assert "of 40 published patients" in page.text
+
+
+def test_the_warnings_of_a_run_are_a_list(tmp_path):
+    summary = private(tmp_path, scores="declared")
+    page = report(tmp_path / "run", summary)
+    assert len(summary["privacy"]["warnings"]) >= 2
+    told = page.text.split("The run was warned: ")[1]
+    assert told.startswith(" ".join(summary["privacy"]["warnings"]))
+
+
+def test_withheld_scores_are_said_to_be_and_leave_no_plot(tmp_path):
+    page = report(tmp_path / "run", private(tmp_path))
+    assert "There is no Dice by round: the sites withheld their scores." in page.text
+    assert "There is no training loss: under differential privacy no record" in page.text
+    assert "The sites withheld their validation scores from the server." in page.text
+    assert "made by the simulation, which has all the data: they are outside the guarantee" in (
+        page.text
+    )
+    assert handed(page).endswith(
+        "the published number of records and the planned steps; no count of its data; the number "
+        "and hash of the last entry in its privacy ledger; no training loss and no validation "
+        "score; where something failed, the code of the error"
+    )
+    assert "can carry about one patient is what the guarantee bounds" in page.text
+
+
+def test_declared_scores_are_said_to_be_outside_the_guarantee(tmp_path):
+    page = report(tmp_path / "run", private(tmp_path, scores="declared"))
+    assert "The sites declared their validation scores to the server, without noise" in page.text
+    assert "Dice of the shared adapter on each site’s validation cases" in page.text
+    assert "validation scores and the number of validation cases; no training loss" in handed(page)
+    assert "withheld" not in page.text
+
+
+def test_of_a_run_that_is_no_simulation_none_is_said_to_have_scored(tmp_path):
+    summary = private(tmp_path)
+    page = report(tmp_path / "run", summary | {"engine": "deployment"})
+    assert "made by the simulation" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("unit", "masked", "told", "update"),
+    [
+        ("patient", False, "off: the server saw each site’s update, with its noise", "alone, in"),
+        ("slice", False, "off: the server saw each site’s update, with its noise", "alone, in"),
+        ("patient", True, "on: each site sent its update under masks", "alone, under masks, in"),
+        ("site", False, "takes a server that is trusted", "trained numbers), in"),
+        ("none", True, "secure aggregation and no differential privacy", "), under masks, in"),
+    ],
+)
+def test_what_the_server_saw_of_an_update_is_said_plainly(tmp_path, unit, masked, told, update):
+    page = report(tmp_path / "run", private(tmp_path, unit, masked))
+    assert told in page.text
+    assert ("the server saw sums only and no update of a single site" in page.text) == masked
+    assert f"{update} messages of 413 KiB on average" in handed(page)
+    assert ("public keys, sealed shares" in handed(page)) == masked
+    noisy = unit in ("patient", "slice")
+    assert ("noisy gradients" in handed(page)) == ("no count of its data" in handed(page)) == noisy
+    assert ("counts of cases and training examples" in handed(page)) != noisy
+
+
+def test_sums_alone_have_no_guarantee_and_no_table(tmp_path):
+    page = report(tmp_path / "run", private(tmp_path, "none", masked=True))
+    assert "Nothing bounds what the sums, and the adapter, reveal about single patients" in (
+        page.text
+    )
+    assert handed(page).endswith("scores: training loss and validation metrics")
+    assert "Guarantee" not in page.text
+    assert "Epsilon spent" not in page.text
+    assert "and can carry information about them" in page.text
+
+
+def test_with_a_site_as_the_unit_there_is_one_line_for_all(tmp_path):
+    page = report(tmp_path / "run", private(tmp_path, "site"))
+    assert "What all sites together may give away" in page.text
+    assert "all sites 8.11 30 27 %" in page.text
+    assert handed(page).endswith(
+        "the training loss; no validation score; where something failed, the code of the error"
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "masked", "why"),
+    [
+        ("patient", True, "it takes every site’s update, and the server saw sums only"),
+        ("site", False, "the noise does not cover it, so that no record of it is kept"),
+        ("patient", False, ""),
+    ],
+)
+def test_an_error_that_privacy_hides_is_not_put_down_to_the_strategy(tmp_path, unit, masked, why):
+    summary = private(tmp_path, unit, masked)
+    for entry in summary["rounds"]:
+        entry["aggregation_error"] = None
+    page = report(tmp_path / "run", summary)
+    assert (f"The aggregation error is not known: {why}." in page.text) == bool(why)
+    assert ("no product BA can be formed" in page.text) != bool(why)
+
+
+def test_a_site_without_budget_left_and_a_ledger_that_was_restored_is_doubted(tmp_path):
+    summary = private(tmp_path)
+    summary["rounds"][1]["sites"]["B"]["status"] = "failed: SAM-P101"
+    del summary["rounds"][2]["sites"]["B"]
+    for entry in summary["rounds"][1:]:
+        entry["sites"]["C"]["status"] = "failed: SAM-P103"
+    page = report(tmp_path / "run", summary)
+    assert "B left before the end: another round would have exceeded its budget." in page.text
+    assert "C did not train to the end: its ledger was older than what the server had seen" in (
+        page.text
+    )
+    assert "What was spent there can be more than the table says." in page.text
+    assert "2 B left: privacy budget spent" in page.text
+    assert "2–3 C refused to train: its privacy ledger was rolled back (SAM-P103)" in page.text
+    assert "SAM-P101" not in page.text
+
+
+def test_events_of_privacy_are_told():
+    begin = {"event": "run_started", "first_round": 1, "sites": ["A", "B"]}
+    failed = {"event": "site_failed", "round": 2, "status": "failed: SAM-P101"}
+    left = {"event": "site_left", "round": 2}
+    lost = {"event": "round_lost", "round": 1, "reason": "shares were opened before"}
+    no_sum = {"event": "secure_sum_failed", "round": 1, "code": "SAM-P308", "message": "2 came"}
+    stopped = {"event": "stopped_early", "round": 1, "best": [1, 0.5]}
+    both = [event | {"site": site} for site in "AB" for event in (failed, left)]
+    assert told(begin, no_sum, lost, *both, stopped) == [
+        ("1", "the run", "no secure sum: SAM-P308, 2 came"),
+        ("1", "the run", "lost: shares were opened before"),
+        ("1", "the run", "ended: no privacy budget for another round"),
+        ("2", "A, B", "left: privacy budget spent"),
+    ]
+    assert told(begin, both[1], stopped)[-1][2] == (
+        "stopped early: no better Dice than 0.500 of round 1"
+    )
+    spent = {"event": "budget_spent", "rounds_done": 1}
+    assert told(begin, spent, stopped)[-1][2] == "ended: no privacy budget for another round"
+
+
+def test_budgets_of_many_sites_are_folded(tmp_path):
+    summary = private(tmp_path)
+    entry = summary["privacy"]["sites"]["A"]
+    summary["privacy"]["sites"] = {f"H{number:02d}": entry for number in range(30)}
+    page = report(tmp_path / "run", summary)
+    assert f"{30 - plots.MAX_SITE_ROWS} more sites" in page.text
+    assert all(f"H{number:02d} 8.11" in page.text for number in range(30))
+
+
+@pytest.mark.parametrize("value", [1, "x", [], {"a": 1}, {"unit": "patient"}, {"unit": ["site"]}])
+def test_stands_a_privacy_record_of_any_kind(tmp_path, value):
+    page = report(tmp_path / "run", {"privacy": value})
+    unknown = isinstance(value, dict) and value.get("unit") != "patient"
+    assert ("an entry on privacy that this report cannot read" in page.text) == unknown
+    for key in ("sites", "warnings", "statement", "scores", "secure_aggregation"):
+        record = {"unit": "patient", key: value}
+        report(tmp_path / "run", {"privacy": record})
 
 
 # ---- how updates were combined ---------------------------------------------------------------

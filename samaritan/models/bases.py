@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,8 @@ def build_base(
         name: A key of `BASES`.
         num_classes: Structures to segment, background not counted.
         channels: Input channels, for a base that leaves them open.
-        checkpoint: Checkpoint file; needed by every base that has one published.
+        checkpoint: Checkpoint file; needed by every base that has one published. For `tiny`, one
+            that was trained on public data, say; presets then train no more than on other bases.
         expected_sha256: Refuse any other file.
         decoder: "official" or "reference".
 
@@ -198,22 +199,20 @@ def build_base(
     build = functools.partial(
         FAMILIES[spec.family].construct, spec.shape, num_classes, spec.channels or channels, decoder
     )
-    if spec.checkpoint is None:
-        if checkpoint is not None:
-            raise ModelError(
-                "SAM-M102",
-                f"base {name!r} takes no checkpoint, got {checkpoint.name}",
-                "Leave model.checkpoint out, or choose vit_b, vit_l or vit_h.",
-            )
+    if spec.checkpoint is None and checkpoint is not None:
+        # One that somebody has trained: what a random start needs besides is not needed any more.
+        spec = replace(spec, extra_lora=(), extra_train=())
+    elif spec.checkpoint is None:
         model = initialise(build)
         state = model.state_dict()
         return BuiltBase(
             model, spec, name, state_sha256(state), parameters(model), frozenset(state)
         )
     if checkpoint is None:
+        published = spec.checkpoint[0] if spec.checkpoint else ""
         raise ModelError(
             "SAM-M103",
-            f"base {name!r} needs its checkpoint {spec.checkpoint[0]}",
+            f"base {name!r} needs its checkpoint {published}",
             "`samaritan models fetch` gets it; set model.checkpoint to the file.",
         )
     with torch.device("meta"):  # names and shapes alone, so that memory is needed only once

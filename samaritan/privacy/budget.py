@@ -13,6 +13,7 @@ from samaritan import __version__
 from samaritan.config import Config
 from samaritan.keys import load_identity
 from samaritan.privacy.accounting import Epsilon
+from samaritan.privacy.audit.gate import require_sound_mechanism
 from samaritan.privacy.ledger import Charge, Ledger, Question, open_ledger
 from samaritan.privacy.plan import PrivacyPlan
 
@@ -51,11 +52,12 @@ class Budget:
             acknowledged: Where somebody else says the ledger stood; empty for nobody.
 
         Returns:
-            The answer, and where the ledger stands now, for somebody else to remember.
+            The answer, and the hash of the ledger's last entry, for somebody else to remember.
 
         Raises:
-            PrivacyError: SAM-P101 when the budget does not allow the round, and whatever else the
-                ledger refuses; then nothing was computed.
+            PrivacyError: SAM-P101 when the budget does not allow the round, SAM-P405 when the
+                self-audit contradicts the mechanism, and whatever else the ledger refuses; then
+                nothing was computed.
         """
         plan = self.plan
         charge = Charge(
@@ -79,17 +81,29 @@ class Budget:
             cohort = ledger.cohort(self.members)
             given = cohort.answered(question)
             if given is not None:
-                return given, cohort.head
+                return given, _hash_of(cohort.head)
+            require_sound_mechanism()
             reservation = cohort.reserve(charge)
             answer = work()
             cohort.commit(reservation, answer, plan.steps_per_round)
-            return answer, cohort.head
+            return answer, _hash_of(cohort.head)
 
-    def spent(self) -> Epsilon:
-        """What the members have spent so far, in this run and all others."""
+    def spent(self, acknowledged: str = "") -> Epsilon:
+        """What the members have spent so far, in this run and all others.
+
+        Raises:
+            PrivacyError: SAM-P103 when the ledger does not know an entry that somebody else does.
+        """
         with self._ledger() as ledger:
+            if acknowledged:
+                ledger.check_acknowledged(acknowledged)
             return ledger.cohort(self.members).spent(self.plan.delta)
 
     def _ledger(self) -> AbstractContextManager[Ledger]:
         identity = load_identity(self.home / "identity.key")
         return open_ledger(self.home / "ledger", identity, self.home / "ledger_copy")
+
+
+def _hash_of(head: str) -> str:
+    """Without the number, which tells whether the same members were in a study before."""
+    return head.rpartition(":")[2]

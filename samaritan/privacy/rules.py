@@ -110,6 +110,11 @@ def _ways_around_the_noise(config: Config) -> Iterator[str]:
 
 
 def _noise_at_the_site(config: Config) -> Iterator[str]:
+    if config.privacy.unit == "slice" and config.data.context_slices > 1:
+        yield (
+            f"data.context_slices: with {config.data.context_slices}, each slice is part of as "
+            "many records; set 1, or privacy.unit to patient"
+        )
     if config.training.prefix_cache_mb:
         yield (
             "training.prefix_cache_mb: training with noise draws its own views and keeps nothing "

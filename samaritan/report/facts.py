@@ -310,12 +310,16 @@ def mean_bytes(summary: Json, key: str) -> float | None:
     """Mean bytes of a site in a round that it trained in.
 
     A site that failed, or only scored, sent next to nothing and would hide what an update costs.
+    Under privacy no loss is recorded, and with a site as the unit no hash of the update either.
     """
+    unmarked = text(summary, "privacy", "unit") == "site"
     return mean(
         number(answer, key)
         for entry in training_rounds(summary)
         for answer in section(entry, "sites").values()
         if number(answer, "train_loss") is not None
+        or text(answer, "update_sha256")
+        or (unmarked and text(answer, "status") == "ok")
     )
 
 

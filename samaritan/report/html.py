@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from samaritan.files import write_atomically
-from samaritan.report import aggregation, facts, plots, trouble, units
+from samaritan.report import aggregation, facts, plots, privacy, trouble, units
 from samaritan.report.folder import Overlay, RunFolder, read_run_folder
 
 Json = dict[str, Any]
@@ -235,7 +235,8 @@ def _aggregation_context(summary: Json, settings: Json) -> Json:
         "strategy_rows": aggregation.strategy_rows(summary, settings),
         "norm_curves": plots.norm_curves(summary),
         "error_curve": plots.error_curve(summary),
-        "error_sentence": aggregation.error_sentence(summary, settings),
+        "error_sentence": privacy.unknown_error(summary)
+        or aggregation.error_sentence(summary, settings),
         "seconds_sentence": aggregation.seconds_sentence(summary),
         "long_update": aggregation.LONG_UPDATE,
     }
@@ -274,10 +275,19 @@ def _run_context(folder: RunFolder, events: Sequence[Json]) -> Json:
 
 def _privacy_context(summary: Json) -> Json:
     data = facts.section(summary, "data")
+    simulated = facts.text(summary, "engine") in _ENGINES
     return {
-        "privacy_rows": facts.flatten(facts.section(summary, "privacy")),
-        "simulated": facts.text(summary, "engine") in _ENGINES,
-        "trained_parameters": facts.number(summary, "peft", "trainable_parameters"),
+        "simulated": simulated,
+        "guarantee": privacy.statement(summary),
+        "privacy_overview": privacy.overview(summary),
+        "budget_owners": privacy.owners(summary),
+        "spending_rows": privacy.spending_rows(summary),
+        "privacy_remarks": privacy.remarks(summary, simulated),
+        "privacy_warnings": privacy.warnings(summary),
+        "handed_over": privacy.handed_over(summary),
+        "privacy_bound": privacy.bound(summary),
+        "missing_dice": privacy.missing_dice(summary),
+        "missing_loss": privacy.missing_loss(summary),
         "pseudo_sites": data.get("pseudo_sites") is True,
         "data_name": facts.text(data, "name"),
         "data_note": facts.text(data, "note"),

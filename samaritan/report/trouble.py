@@ -11,13 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samaritan.report import facts, units
+from samaritan.report import facts, privacy, units
 from samaritan.report.facts import Json
 from samaritan.report.folder import clean
 
 _RUN = "the run"
 _OF_A_SITE = ("site_failed", "site_late", "late_reply", "reply_refused")
 _MESSAGE_LENGTH = 160
+_NO_BUDGET = "ended: no privacy budget for another round"
+_IN_WORDS = {
+    privacy.BUDGET_SPENT: "left: privacy budget spent",
+    privacy.ROLLED_BACK: "refused to train: its privacy ledger was rolled back (SAM-P103)",
+}
+"""Statuses that a site's privacy ledger brings about."""
 
 _Happening = tuple[int | None, str, str]
 """The round if there is one, the site or `_RUN`, and what happened."""
@@ -79,7 +85,7 @@ def _from_summary(summary: Json) -> Iterator[_Happening]:
         for site in facts.section(entry, "sites"):
             status = facts.text(entry, "sites", site, "status") or "no status recorded"
             if status != "ok":
-                yield number, site, status
+                yield number, site, _IN_WORDS.get(status, status)
         back = facts.number(entry, "rolled_back_to")
         if back is not None:
             dice = units.score(facts.number(entry, "dice_mean"))
@@ -91,18 +97,31 @@ def _from_events(events: Sequence[Json]) -> Iterator[_Happening]:
     begun, former = False, ""
     start: int | None = None
     expected: list[str] = []
+    left: set[str] = set()
     for event in events:
         kind, number = facts.text(event, "event"), _round(event, "round")
         if kind in _OF_A_SITE:
-            yield number, facts.text(event, "site"), facts.text(event, "status")
+            status = facts.text(event, "status")
+            yield number, facts.text(event, "site"), _IN_WORDS.get(status, status)
         elif kind == "round_started":
             yield from _each(event, "resting", number, "not asked: it rests after a wrong answer")
         elif kind == "sites_recalled":
             yield from _each(event, "sites", number, "asked although it rests: too few others")
         elif kind == "round_retried":
             yield from _each(event, "sites", number, "asked again: too few usable answers")
+        elif kind == "secure_sum_failed":
+            code = facts.text(event, "code")
+            message = units.shorten(facts.text(event, "message"), _MESSAGE_LENGTH)
+            yield number, _RUN, f"no secure sum: {code}, {message}"
+        elif kind == "round_lost":
+            yield number, _RUN, f"lost: {facts.text(event, 'reason')}"
+        elif kind == "site_left":
+            left.add(facts.text(event, "site"))
+        elif kind == "budget_spent":
+            left.update(expected)
         elif kind == "stopped_early":
-            yield number, _RUN, f"stopped early{_best(event)}"
+            spent = left >= set(expected) > set()
+            yield number, _RUN, _NO_BUDGET if spent else f"stopped early{_best(event)}"
         elif kind == "checkpoints_damaged":
             files = units.names(_strings(event, "files"))
             yield None, _RUN, f"damaged checkpoints passed over: {files}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,6 +37,26 @@ class Batch:
             for tensor in (self.inputs, self.labels)
         )
         return Batch(inputs, labels, self.prompts and self.prompts.to(device))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of several; records with fewer prompts than others are filled up with nothing."""
+    inputs = torch.cat([batch.inputs for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    hints = [batch.prompts for batch in batches]
+    most = max((hint.labels.shape[1] for hint in hints if hint is not None), default=0)
+    if not most:
+        return Batch(inputs, labels)
+    points = torch.zeros((len(inputs), most, 2))
+    kinds = torch.full((len(inputs), most), -1)
+    start = 0
+    for batch, hint in zip(batches, hints, strict=True):
+        stop = start + len(batch.inputs)
+        if hint is not None:
+            points[start:stop, : hint.labels.shape[1]] = hint.points
+            kinds[start:stop, : hint.labels.shape[1]] = hint.labels
+        start = stop
+    return Batch(inputs, labels, Prompts(points, kinds))
 
 
 def on_device(feed: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -24,7 +24,7 @@ from samaritan.privacy.mechanism import Mechanism
 from samaritan.privacy.randomness import SystemRandom
 from samaritan.training.augment import augment
 from samaritan.training.drift import correct_gradients
-from samaritan.training.feed import Batch
+from samaritan.training.feed import Batch, joined
 from samaritan.training.local import (
     Schedule,
     StepCallback,
@@ -184,9 +184,12 @@ class Views:
         return self._batch([(p, draw_index(p, share, generator)) for p in prepared], generator)
 
     def slices(self, records: Sequence[Slice]) -> Batch:
-        """Each of these slices once."""
-        found = [(self.cache.get(record.case), record.index) for record in records]
-        return self._batch(found, self._generator())
+        """Each of these slices once, and each by a generator of its own."""
+        singles = [
+            self._batch([(self.cache.get(record.case), record.index)], self._generator())
+            for record in records
+        ]
+        return joined(singles)
 
     def _batch(
         self, found: Sequence[tuple[PreparedCase, int]], generator: torch.Generator

@@ -22,6 +22,6 @@ See `least_threshold` for how many members may help the server.
 from samaritan.privacy.secure_sum.coordinator import Coordinator
 from samaritan.privacy.secure_sum.member import Member
 from samaritan.privacy.secure_sum.record import Record
-from samaritan.privacy.secure_sum.terms import Terms, least_threshold
+from samaritan.privacy.secure_sum.terms import FEWEST, Terms, least_threshold
 
-__all__ = ["Coordinator", "Member", "Record", "Terms", "least_threshold"]
+__all__ = ["FEWEST", "Coordinator", "Member", "Record", "Terms", "least_threshold"]

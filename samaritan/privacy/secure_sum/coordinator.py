@@ -77,7 +77,9 @@ class Coordinator:
 
         keys = self._gather("keys", answers, self._identities, read)
         members = tuple(keys[site] for site in sorted(keys))
-        roster = Roster(threshold=least_threshold(len(keys)), members=members).pack()
+        roster = Roster(
+            threshold=least_threshold(len(keys), self._terms.fewest), members=members
+        ).pack()
         self._members = read_roster(roster, self._terms, self._identities)
         return roster
 

@@ -9,7 +9,7 @@ from hashlib import sha256
 from samaritan.errors import PrivacyError
 from samaritan.keys import Identity, is_signed
 from samaritan.privacy.secure_sum.messages import Keys, Roster
-from samaritan.privacy.secure_sum.terms import FEWEST, Terms, bind, least_threshold
+from samaritan.privacy.secure_sum.terms import Terms, bind, least_threshold
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def read_roster(data: bytes, terms: Terms, identities: Mapping[str, bytes]) -> M
     """
     roster = Roster.unpack(data)
     names = [keys.site for keys in roster.members]
-    least = least_threshold(len(names))
+    least = least_threshold(len(names), terms.fewest)
     if not least <= roster.threshold <= len(names):  # never so for fewer than three
         raise PrivacyError(
             "SAM-P209",
             f"a sum of {len(names)} members at a threshold of {roster.threshold} is refused; "
-            f"at least {FEWEST} members and {least} of {len(names)} are needed",
+            f"at least {terms.fewest} members and {least} of {len(names)} are needed",
             "Wait for more sites. The threshold follows from their number.",
         )
     if names != sorted(set(names)):

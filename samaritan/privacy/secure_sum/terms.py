@@ -23,6 +23,9 @@ class Terms:
         attempt: 1 and up; a round that was aborted is tried again under the next number.
         length: Numbers in an update.
         clip: No number of an update is larger than this (the L2 norm that updates are clipped to).
+        state: Hash of what all members start from. A server that gave all but one a start from
+            which nothing is learned would read that one's update in the sum.
+        fewest: Members that were agreed to be in a sum at least; never less than three.
 
     Raises:
         PrivacyError: SAM-P201 when a value cannot be used.
@@ -33,11 +36,14 @@ class Terms:
     attempt: int
     length: int
     clip: float
+    state: str = ""
+    fewest: int = FEWEST
 
     def __post_init__(self) -> None:
         counts = self.round, self.attempt, self.length
         if (
             not 1 <= len(self.run) <= 200
+            or not FEWEST <= self.fewest <= 2**31
             or not all(1 <= count < 2**31 for count in counts)
             or not 1e-30 <= self.clip <= 1e30
         ):
@@ -59,7 +65,7 @@ def bind(purpose: str, *parts: bytes) -> bytes:
     )
 
 
-def least_threshold(members: int) -> int:
+def least_threshold(members: int, fewest: int = FEWEST) -> int:
     """How many of the members must at least agree and open shares: more than two thirds, and 3.
 
     With a threshold t of n, seeds stay hidden from a server and t - 1 members that give it all
@@ -67,4 +73,4 @@ def least_threshold(members: int) -> int:
     signatures twice, that is 2t - n members who sign both; more than two thirds keeps that out of
     reach of n / 3 (Bonawitz et al., theorem 6.5). The price: fewer than a third may drop out.
     """
-    return max(FEWEST, 2 * members // 3 + 1)
+    return max(fewest, 2 * members // 3 + 1)
