@@ -103,7 +103,10 @@ def cost_of(
         # Ray workers hold copies of their own, which this process cannot see.
         "frozen_base_copies": len(bases) if engine == "inprocess" else None,
         "steps": sum(s["steps"] or 0 for s in sites),
-        "overhead_seconds_per_round": overhead_seconds(state.history),
+        # Under privacy sites do not tell how long they worked.
+        "overhead_seconds_per_round": (
+            overhead_seconds(state.history) if agents[0].config.privacy.unit == "none" else None
+        ),
         "hardware": hardware(),
     }
 

@@ -159,7 +159,7 @@ def test_a_missing_data_folder_is_refused(refused, tmp_path):
         ("model.base=vit_x", "vit_b, vit_l, vit_h"),
         ("model.image_size=33", "model.image_size 33"),
         ("model.base=vit_b", "sam_vit_b_01ec64.pth"),
-        ("model.checkpoint=sam.pth", "takes no checkpoint"),
+        ("model.checkpoint=sam.pth", "cannot read the checkpoint"),
         ("federation.min_sites=3", "min_sites"),
     ],
 )

@@ -105,8 +105,8 @@ def test_a_personal_decoder_of_a_site_that_only_scores_stays_as_it_began(go):
         (["strategy=svd", "peft.site_ranks={nowhere: 1}"], "SAM-C228"),
         (["peft.site_ranks={site_01: 1}"], "SAM-C218"),
         (["strategy=svd", "peft.site_ranks={site_01: 1}", "training.scaffold=true"], "SAM-C227"),
-        (["federation.secure_aggregation=true"], "SAM-C221"),
-        (["federation.secure_aggregation=true", "strategy=krum"], "SAM-C220"),
+        (["federation.secure_aggregation=true"], "SAM-C402"),
+        (["federation.secure_aggregation=true", "strategy=krum"], "SAM-C402"),
         (["strategy=flora", "server_optimiser.name=adam"], "SAM-C222"),
     ],
 )
