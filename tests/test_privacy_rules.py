@@ -16,7 +16,10 @@ from samaritan.privacy.statement import describe
 
 _EQUAL = {"federation": {"weighting": "uniform"}, "data": {"classes": {"liver": 1}}}
 _PATIENT = _EQUAL | {"privacy": {"unit": "patient", "epsilon": 8, "records": 200}}
-_SLICE = _EQUAL | {"privacy": {"unit": "slice", "epsilon": 8, "records": 2000}}
+_SLICE = _EQUAL | {
+    "privacy": {"unit": "slice", "epsilon": 8, "records": 2000},
+    "data": {"classes": {"liver": 1}, "context_slices": 1},
+}
 _SITE = _EQUAL | {"privacy": {"unit": "site", "epsilon": 8, "records": 10}}
 _MASKED = {
     "federation": {"weighting": "uniform", "secure_aggregation": True, "clip_norm": 1.0},
@@ -125,7 +128,7 @@ def test_a_plain_guarantee_is_not_refused(unit):
         *((unit, {"personal.fine_tune_steps": 5}) for unit in _UNITS),
         *((unit, {"personal.parts": ["decoder"]}) for unit in _UNITS),
         *((unit, {"strategy": "ffa"}) for unit in _UNITS),
-        *((unit, {"data": {"source": "phantoms"}}) for unit in _UNITS),
+        *((unit, {"data": {"source": "phantoms", "context_slices": 1}}) for unit in _UNITS),
         *(
             (unit, {"privacy.scores": "declared", "selection.keep": "best"})
             for unit in _EVERY

@@ -29,8 +29,12 @@ from samaritan.errors import PrivacyError
 _SLACK = 1e-3
 """Share by which the looser bound may lie below the tighter: both round on grids of their own."""
 
-_ORDERS = (*range(2, 65), 80, 100, 128, 200, 256, 400, 512, 1024)
-"""Orders of the Renyi moments: whole ones, which cost little; large ones for a small epsilon."""
+_ORDERS = (
+    *(1.5, 1.75, 2.25, 2.5, 2.75, 3.25, 3.5, 4.5),
+    *range(2, 65), 80, 100, 128, 200, 256, 400, 512, 1024,
+)  # fmt: skip
+"""Orders of the Renyi moments: whole ones, which cost little, and others where they lie far apart;
+large ones for a small epsilon."""
 
 _FINE, _COARSE, _LARGE_EPSILON = 1e-4, 1e-3, 12.0
 """Grids of losses. Where epsilon is large, the fine one takes many seconds to say little more."""
