@@ -377,11 +377,11 @@ def test_a_step_with_an_adaptive_norm_has_the_noise_that_also_pays_for_the_count
     monkeypatch.setattr(
         AdaptiveClip, "step", lambda self, *a: (counted.append(a[0]), move(self, *a))[1]
     )
-    one = agents(privacy={"clip_quantile": 0.5, "steps_per_round": 3})[0]
+    one = agents(privacy={"clip_quantile": 0.5, "steps_per_round": 6})[0]
     one.train(*question(one))
-    norms = [mechanism.clip_norm for mechanism in used[-3:]]
-    assert len(set(norms)) == 3
-    for mechanism, planned in zip(used[-3:], counted[-3:], strict=True):
+    norms = [mechanism.clip_norm for mechanism in used[-6:]]
+    assert len(set(norms)) > 1  # a noisy count may be just right
+    for mechanism, planned in zip(used[-6:], counted[-6:], strict=True):
         assert planned.noise_multiplier == one.budget.plan.noise_multiplier
         both = mechanism.noise_multiplier**-2 + (2 * count_noise(planned)) ** -2
         assert both**-0.5 == pytest.approx(one.budget.plan.noise_multiplier)
