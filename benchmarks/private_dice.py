@@ -15,6 +15,7 @@ import csv
 import json
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def pretrained(public: Path, out: Path) -> Path:
     return path
 
 
-def configuration(variant: str, seed: int, overrides: list[str] = []) -> Config:  # noqa: B006
+def configuration(variant: str, seed: int, overrides: Sequence[str] = ()) -> Config:
     """The configuration of one run; `pretraining` differs by what the file says of it."""
     tree = read_tree(SETTINGS, overrides)
     own = tree.pop("pretraining")

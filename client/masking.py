@@ -16,7 +16,7 @@ from samaritan.errors import PrivacyError
 from samaritan.files import write_atomically
 from samaritan.keys import load_identity
 from samaritan.models.vectors import flat
-from samaritan.privacy.secure_sum import FEWEST, Member, Record, Terms
+from samaritan.privacy.secure_sum import Member, Record, agreed_terms
 from samaritan.wire import Instruction, MaskingStep
 
 
@@ -88,7 +88,7 @@ class Masking:
         state, _ = decode(update, shapes, CodecConfig())
         member = self._member(asked, instruction)
         vector = flat(state)
-        limit = _clip_norm(self.config)
+        limit = member.terms.clip
         vector *= min(1.0, limit / max(float(vector.norm()), limit))
         masked = member.masked(asked.data, vector.numpy())
         self._keep(member)
@@ -100,14 +100,12 @@ class Masking:
         Attempt, length and state are the server's to choose; members mask only with those who were
         told the same.
         """
-        terms = Terms(
-            instruction.config_sha256,
+        terms = agreed_terms(
+            self.config,
             instruction.server_round,
             asked.attempt,
             asked.length,
-            _clip_norm(self.config),
             instruction.state_sha256,
-            max(FEWEST, self.config.federation.min_sites or FEWEST),
         )
         return Member(
             self.site,
@@ -137,14 +135,3 @@ class Masking:
             self._file.unlink(missing_ok=True)
         else:
             write_atomically(self._file, member.save(), private=True)
-
-
-def _clip_norm(config: Config) -> float:
-    limit = config.federation.clip_norm
-    if not isinstance(limit, float):
-        raise PrivacyError(
-            "SAM-P305",
-            f"secure aggregation with federation.clip_norm {limit}",
-            "Set it to a number; a configuration without is refused before the run.",
-        )
-    return limit

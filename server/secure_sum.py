@@ -15,7 +15,7 @@ import torch
 
 from samaritan.errors import FederationError, PrivacyError
 from samaritan.models.vectors import length, unflat
-from samaritan.privacy.secure_sum import FEWEST, Coordinator, Terms
+from samaritan.privacy.secure_sum import Coordinator, agreed_terms
 from samaritan.wire import MaskingStep, read_masking_step
 from server.asking import Asking
 from server.judgement import ROUND_OPENED
@@ -71,16 +71,13 @@ def _attempt(
     Raises:
         PrivacyError: When it fails; whoever is to blame has a status in `asking.trained`.
     """
-    shapes = asking.expected(sites[0]).shapes if sites else {}
-    instruction, limit = asking.instruction, asking.post.config.federation.clip_norm
+    config, number = asking.post.config, asking.instruction.server_round
+    if not sites:
+        raise PrivacyError("SAM-P312", "no site is left to ask", "Start the sites.")
+    expected = asking.expected(sites[0])  # of all alike: ranks by site are refused before the run
     # Drawn, so that it is another one after the server was restarted, too.
     attempt = 1 + secrets.randbelow(2**31 - 1)
-    terms = Terms(
-        instruction.config_sha256, instruction.server_round, attempt, max(1, length(shapes)),
-        float(limit or 0),  # a configuration without is refused before the run
-        asking.expected(sites[0]).state_sha256 if sites else "",
-        max(FEWEST, asking.post.config.federation.min_sites or FEWEST),
-    )  # fmt: skip
+    terms = agreed_terms(config, number, attempt, length(expected.shapes), expected.state_sha256)
     coordinator = Coordinator(terms, {site: identities[site] for site in sites})
     silent = Reply("late: no answer")
     asking.trained |= dict.fromkeys(sites, silent)
@@ -129,5 +126,5 @@ def _attempt(
         asking.trained |= {site: Reply(f"refused: {error.code}") for site, error in faults}
     # Whatever a site did after its update, the update is in the sum.
     asking.trained |= {site: updates[site] for site in names}
-    mean = unflat(torch.from_numpy(total) / len(names), shapes)
+    mean = unflat(torch.from_numpy(total) / len(names), expected.shapes)
     return Update("the sum", asking.post.delivery.start(names[0]), mean, 1.0)

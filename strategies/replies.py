@@ -123,9 +123,10 @@ def read_masked_reply(message: Message) -> tuple[Reply, bytes]:
         ledger = ledger_of(message)
     except Exception as error:
         return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size), b""
-    fault = _out_of_range(metrics, ("num-examples",)) or (None if payload else "refused: no update")
-    if fault or not payload:
-        return Reply(fault or "", size_bytes=size), b""
+    if not payload:
+        return Reply("refused: no update", size_bytes=size), b""
+    if fault := _out_of_range(metrics, ("num-examples",)):
+        return Reply(fault, size_bytes=size), b""
     return Reply("ok", metrics, size, hashlib.sha256(payload).hexdigest(), ledger), payload
 
 

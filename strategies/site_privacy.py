@@ -7,13 +7,12 @@ number of sites, so that a site that did not answer counts as an update of zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from samaritan.models.adapter import AdapterState
+from samaritan.models.vectors import flat, length, unflat
 from samaritan.privacy.mechanism import Mechanism
 from samaritan.privacy.plan import PrivacyPlan
 from samaritan.privacy.randomness import SystemRandom
@@ -63,12 +62,8 @@ def private_mean(
     Returns:
         The mean, float32, with noise in every number.
     """
-    names = sorted(shapes)
-    sizes = [math.prod(shapes[name]) for name in names]
-    vectors = (_vector(update, names) for update in _once_each(updates))
-    mean = mechanism.release(vectors, sum(sizes), random)
-    parts = torch.split(mean, sizes)
-    return {name: part.reshape(shapes[name]) for name, part in zip(names, parts, strict=True)}
+    mean = mechanism.release(map(_vector, _once_each(updates)), length(shapes), random)
+    return unflat(mean, shapes)
 
 
 def _once_each(updates: Iterable[Update]) -> Iterator[Update]:
@@ -80,7 +75,6 @@ def _once_each(updates: Iterable[Update]) -> Iterator[Update]:
             yield update
 
 
-def _vector(update: Update, names: Iterable[str]) -> Tensor:
-    """(size,) float32: all tensors of an update behind each other, in the order of the names."""
-    parts = (update.delta[name] * update.counts.get(name, 1) for name in names)
-    return torch.cat([torch.zeros(0), *(part.flatten() for part in parts)])
+def _vector(update: Update) -> Tensor:
+    """(size,): all tensors of an update behind each other."""
+    return flat({name: v * update.counts.get(name, 1) for name, v in update.delta.items()})

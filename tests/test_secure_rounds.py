@@ -193,6 +193,29 @@ def test_a_round_whose_shares_were_opened_is_lost_and_the_next_goes_on(tmp_path,
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_update_in_a_sum_that_stayed_closed_does_not_count_as_used(tmp_path, monkeypatch):
+    """Four of seven open the first attempt, one too few; the other three mask once more, and are
+    too few for the federation. What they noted in that round led nowhere."""
+    first = []
+    answer = Masking.step
+
+    def step(self, asked, instruction):
+        if asked.stage == "opening":
+            first.append(asked.attempt)
+            if asked.attempt == first[0] and self.site > "site_04":
+                raise TrainingError("SAM-T102", "planted")
+        return answer(self, asked, instruction)
+
+    monkeypatch.setattr(Masking, "step", step)
+    summary = simulate(settings(data={"sites": 7}), tmp_path / "run")
+    told = summary["rounds"][0]["sites"]
+    assert {told[f"site_0{n}"]["status"] for n in (1, 2, 3, 4)} == {"failed: SAM-P206"}
+    assert {told[f"site_0{n}"]["status"] for n in (5, 6, 7)} == {"late: no sum"}
+    assert {site["update_sha256"] for site in told.values()} == {""}
+    codes = [event["code"] for event in events(tmp_path / "run", "secure_sum_failed")]
+    assert codes == ["SAM-P308"] or codes == ["SAM-P220", "SAM-P308"]
+
+
 def test_a_site_gives_no_update_without_masks(tmp_path, monkeypatch):
     """A server that asks as if nothing had been agreed to gets nothing."""
     original = SiteAgent.train

@@ -14,7 +14,7 @@ from samaritan.config import Config
 from samaritan.keys import load_identity
 from samaritan.privacy.accounting import Epsilon
 from samaritan.privacy.audit.gate import require_sound_mechanism
-from samaritan.privacy.ledger import Charge, Ledger, Question, open_ledger
+from samaritan.privacy.ledger import Charge, Ledger, Question, hash_of, open_ledger
 from samaritan.privacy.plan import PrivacyPlan
 
 _RANDOMNESS = {"kind": "ChaCha20", "library": "cryptography", "version": cryptography.__version__}
@@ -81,12 +81,12 @@ class Budget:
             cohort = ledger.cohort(self.members)
             given = cohort.answered(question)
             if given is not None:
-                return given, _hash_of(cohort.head)
+                return given, hash_of(cohort.head)
             require_sound_mechanism()
             reservation = cohort.reserve(charge)
             answer = work()
             cohort.commit(reservation, answer, plan.steps_per_round)
-            return answer, _hash_of(cohort.head)
+            return answer, hash_of(cohort.head)
 
     def spent(self, acknowledged: str = "") -> Epsilon:
         """What the members have spent so far, in this run and all others.
@@ -102,8 +102,3 @@ class Budget:
     def _ledger(self) -> AbstractContextManager[Ledger]:
         identity = load_identity(self.home / "identity.key")
         return open_ledger(self.home / "ledger", identity, self.home / "ledger_copy")
-
-
-def _hash_of(head: str) -> str:
-    """Without the number, which tells whether the same members were in a study before."""
-    return head.rpartition(":")[2]

@@ -12,6 +12,7 @@ Leaving patients out or adding some opens another account and gives nothing back
 from samaritan.privacy.ledger.account import Cohort, Reservation
 from samaritan.privacy.ledger.charges import Charge, Question
 from samaritan.privacy.ledger.opening import Ledger, open_ledger
+from samaritan.privacy.ledger.records import hash_of
 from samaritan.privacy.ledger.resync import resync
 from samaritan.privacy.ledger.verify import Finding, verify
 
@@ -22,6 +23,7 @@ __all__ = [
     "Ledger",
     "Question",
     "Reservation",
+    "hash_of",
     "open_ledger",
     "resync",
     "verify",

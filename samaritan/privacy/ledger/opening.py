@@ -14,6 +14,7 @@ from samaritan.privacy.ledger.account import Cohort
 from samaritan.privacy.ledger.book import Book, genesis_fields
 from samaritan.privacy.ledger.folder import load_chains, load_secret, rolled_back, secret_hash
 from samaritan.privacy.ledger.places import locked
+from samaritan.privacy.ledger.records import hash_of
 
 
 @contextlib.contextmanager
@@ -72,9 +73,5 @@ class Ledger:
         """
         folder, copy = self.book.folder, self.book.copy
         heads = (known for chain in self.book.chains.values() for known in chain.heads())
-        if _hash_of(head) not in map(_hash_of, heads):
+        if hash_of(head) not in map(hash_of, heads):
             raise rolled_back(f"{folder} never had the acknowledged head {head}", folder, copy)
-
-
-def _hash_of(head: str) -> str:
-    return head.rpartition(":")[2]

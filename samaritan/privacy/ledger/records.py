@@ -165,3 +165,8 @@ def _canonical(record: Record) -> bytes:
 def _signed(record: Record) -> bytes:
     """The part of a record that its signature covers."""
     return _PURPOSE + _canonical({k: v for k, v in record.items() if k != "signature"})
+
+
+def hash_of(head: str) -> str:
+    """A head without its number, which would tell whether its members were in a study before."""
+    return head.rpartition(":")[2]

@@ -19,9 +19,10 @@ spoiling the sum, and a sum tells the more about one update the fewer honest mem
 See `least_threshold` for how many members may help the server.
 """
 
+from samaritan.privacy.secure_sum.agreed import agreed_terms
 from samaritan.privacy.secure_sum.coordinator import Coordinator
 from samaritan.privacy.secure_sum.member import Member
 from samaritan.privacy.secure_sum.record import Record
-from samaritan.privacy.secure_sum.terms import FEWEST, Terms, least_threshold
+from samaritan.privacy.secure_sum.terms import Terms, least_threshold
 
-__all__ = ["FEWEST", "Coordinator", "Member", "Record", "Terms", "least_threshold"]
+__all__ = ["Coordinator", "Member", "Record", "Terms", "agreed_terms", "least_threshold"]

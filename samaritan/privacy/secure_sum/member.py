@@ -74,6 +74,11 @@ class Member:
         self._record = record
         self._now = begin() if progress is None else Progress.unpack(progress)
 
+    @property
+    def terms(self) -> Terms:
+        """Of this attempt."""
+        return self._terms
+
     def save(self) -> bytes:
         """Secrets and progress, under 100 kB; only the site may read them. Write before sending.
 
