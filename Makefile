@@ -21,8 +21,8 @@ demo: setup
 	$(BIN)/samaritan simulate configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint
-	# One thread per operation: small tensors gain nothing from more, and a busy machine loses much.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+	# One thread per operation and one process per core: small tensors gain nothing from more threads.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
