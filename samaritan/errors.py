@@ -8,7 +8,10 @@ The hierarchy; the letter in the code names the branch::
     ├── ModelError       SAM-Mxxx   base models, checkpoints, adapters
     ├── TrainingError    SAM-Txxx   local training and evaluation
     ├── FederationError  SAM-Fxxx   rounds, replies, quorum
-    ├── PrivacyError     SAM-Pxxx   budgets, ledgers, secure aggregation, keys
+    ├── PrivacyError     SAM-Pxxx   budgets, ledgers, secure aggregation
+    ├── AuditError       SAM-Axxx   what leaves a site: its policy, the gate, the log
+    ├── TrustError       SAM-Kxxx   certificates, keys, plans and who approved them
+    ├── DeploymentError  SAM-Nxxx   start-up kits, processes, sockets, connections
     └── StorageError     SAM-Sxxx   run folders, checkpoints, disk
 """
 
@@ -61,6 +64,18 @@ class FederationError(SamaritanError):
 
 class PrivacyError(SamaritanError):
     """A guarantee cannot be given: a budget, a ledger, a key or a protocol is not as it must be."""
+
+
+class AuditError(SamaritanError):
+    """Something must not leave a site, or the log of what left is not as it was written."""
+
+
+class TrustError(SamaritanError):
+    """A certificate, key or signature is not one to trust, or nobody approved a plan."""
+
+
+class DeploymentError(SamaritanError):
+    """A start-up kit, a process or a connection between two of them is not as it must be."""
 
 
 class StorageError(SamaritanError):

@@ -22,6 +22,7 @@ from samaritan.config import (
 from samaritan.data.phantoms import write_phantoms
 from samaritan.errors import ConfigError, StorageError
 from samaritan.files import write_atomically
+from samaritan.lock import locked
 from samaritan.models.adapter import (
     AdaptedModel,
     AdapterState,
@@ -39,7 +40,6 @@ from server.federation import Federation, RoundCallback
 from simulation.agents import build_agents, site_unit_budget
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
-from simulation.lock import locked
 from simulation.outcome import cost_of, steps_of, summarise, write_json
 from simulation.personal import own_adapters, personal_results
 from simulation.privacy import SERVER, privacy_results

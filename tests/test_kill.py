@@ -25,11 +25,11 @@ from client.memory import Memory
 from samaritan.codecs import decode, encode
 from samaritan.config import CodecConfig, config_sha256, load_config, parse_config
 from samaritan.errors import StorageError
+from samaritan.lock import locked
 from samaritan.models.bases import state_sha256
 from samaritan.shares import CONTROL, public_state
 from samaritan.wire import Instruction
 from server.checkpoints import latest_checkpoint
-from simulation.lock import locked
 from simulation.run import simulate
 
 # Sites remember personal tensors, controls and what int4 and top-k left out; the server remembers

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from samaritan.errors import PrivacyError
-from samaritan.files import sync_folder
+from samaritan.lines import append_line
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def append(places: Sequence[Path], name: str, line: bytes, size_bytes: int) -> N
                 raise OSError(0, "the file was changed by somebody else; open the ledger again")
         for path in paths:
             begun.append(path)
-            _write_at_end(path, line)
+            append_line(path, line)
     except BaseException as error:
         for path in begun:  # nothing has been done on the strength of this line
             with contextlib.suppress(OSError):
@@ -98,18 +98,6 @@ def unwritable(place: Path, error: OSError) -> PrivacyError:
         f"the privacy ledger in {place} cannot be written: {error.strerror or error}",
         "Free space or mend the permissions. Nothing was computed that is not charged.",
     )
-
-
-def _write_at_end(path: Path, line: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        rest = memoryview(line)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    sync_folder(path.parent)
 
 
 def _size(path: Path) -> int:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from samaritan.keys import Identity, is_signed
+from samaritan.lines import canonical, line_hash
 
 Record = dict[str, Any]
 
@@ -83,7 +84,7 @@ class Chain:
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "key_id": identity.public.hex(),
         }
-        return _canonical({**record, "signature": identity.sign(_signed(record)).hex()}) + b"\n"
+        return canonical({**record, "signature": identity.sign(_signed(record)).hex()}) + b"\n"
 
     def add(self, line: bytes, public: bytes) -> None:
         """Takes a line up after checking it.
@@ -138,7 +139,7 @@ def read_record(line: bytes, public: bytes | None) -> Record:
         record: Record = json.loads(line)
         key, signature = bytes.fromhex(record["key_id"]), bytes.fromhex(record["signature"])
         known = record["schema"] == _SCHEMA and record["type"] in _TYPES and record.keys() >= _ALL
-        whole = line == _canonical(record) + b"\n"
+        whole = line == canonical(record) + b"\n"
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("it is damaged") from None
     if not (known and whole):
@@ -153,18 +154,9 @@ def read_record(line: bytes, public: bytes | None) -> Record:
     return record
 
 
-def line_hash(line: bytes) -> str:
-    """What the next line calls this one."""
-    return hashlib.sha256(line.rstrip(b"\n")).hexdigest()
-
-
-def _canonical(record: Record) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def _signed(record: Record) -> bytes:
     """The part of a record that its signature covers."""
-    return _PURPOSE + _canonical({k: v for k, v in record.items() if k != "signature"})
+    return _PURPOSE + canonical({k: v for k, v in record.items() if k != "signature"})
 
 
 def hash_of(head: str) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from samaritan.errors import PrivacyError
 from samaritan.files import write_atomically
 from samaritan.keys import Identity
+from samaritan.lines import line_hash
 from samaritan.privacy.cohort import cohort_root
 from samaritan.privacy.ledger.book import genesis_fields
 from samaritan.privacy.ledger.charges import external_fields, spendings_of
 from samaritan.privacy.ledger.folder import ASIDE, load_secret
 from samaritan.privacy.ledger.places import locked, read
-from samaritan.privacy.ledger.records import Chain, Record, line_hash, read_record
+from samaritan.privacy.ledger.records import Chain, Record, read_record
 
 _Found = dict[str, Record]
 """Records by their head, "number:hash"."""
