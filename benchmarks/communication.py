@@ -33,12 +33,14 @@ from torch import Tensor
 from client.agent import SiteAgent
 from client.app import make_client_app
 from client.exchange import Exchange, KnownStates
+from client.site import ask_agent
 from samaritan import __version__
 from samaritan.config import Config, config_sha256, parse_config
+from samaritan.messages import Answer, Instruction, Request
 from samaritan.models.adapt import adapt
 from samaritan.models.bases import FAMILIES, get_base
 from samaritan.shares import public_state
-from samaritan.wire import Instruction, message_bytes, read_instruction
+from samaritan.wire import message_bytes, read_request
 from server.federation import Federation
 from server.rounds import run_rounds
 from simulation.grid import InProcessGrid
@@ -205,6 +207,9 @@ class _Site:
             "adapter-sha256": self.exchange.beginning_sha256,
         }
 
+    def answer(self, request: Request) -> Answer:
+        return ask_agent(cast(SiteAgent, self), request)
+
     def train(self, payload: bytes | None, instruction: Instruction) -> tuple[bytes, Any]:
         state = self.exchange.receive(payload, instruction)
         generator = torch.Generator().manual_seed(instruction.server_round)
@@ -221,7 +226,7 @@ class _Scales(InProcessGrid):
     """A Grid of one site that weighs what passes."""
 
     def __init__(self, site: _Site) -> None:
-        super().__init__(make_client_app(lambda context: cast(SiteAgent, site)), 1)
+        super().__init__(make_client_app(lambda context: site), 1)
         self.exchanged: list[Exchanged] = []
 
     def send_and_receive(
@@ -231,7 +236,7 @@ class _Scales(InProcessGrid):
             for reply in super().send_and_receive([message], timeout=timeout):
                 kind = message.metadata.message_type
                 if kind in (MessageType.TRAIN, MessageType.EVALUATE):
-                    number = read_instruction(message).server_round
+                    number = read_request(message, "train").server_round
                     self.exchanged.append(
                         Exchanged(kind, number, message_bytes(message), message_bytes(reply))
                     )

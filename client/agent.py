@@ -22,6 +22,7 @@ from samaritan.config import Config, config_sha256
 from samaritan.data.datasets import Case
 from samaritan.data.slices import CaseCache
 from samaritan.errors import FederationError, PrivacyError
+from samaritan.messages import Instruction, MaskingStep
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
 from samaritan.privacy.adaptive import AdaptiveClip
 from samaritan.privacy.budget import Budget
@@ -31,7 +32,6 @@ from samaritan.training.drift import control_change
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, StepCallback, round_seed, train_locally
 from samaritan.training.private import train_privately
-from samaritan.wire import Instruction, MaskingStep
 
 Metrics = dict[str, float | int | str]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from samaritan.codecs import WireError, decode, with_feedback
 from samaritan.config import CodecConfig, Config
 from samaritan.errors import FederationError
+from samaritan.messages import Instruction
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
-from samaritan.wire import Instruction
 
 
 @dataclass

@@ -15,9 +15,9 @@ from samaritan.config import CodecConfig, Config
 from samaritan.errors import PrivacyError
 from samaritan.files import write_atomically
 from samaritan.keys import load_identity
+from samaritan.messages import Instruction, MaskingStep
 from samaritan.models.vectors import flat
 from samaritan.privacy.secure_sum import Member, Record, agreed_terms
-from samaritan.wire import Instruction, MaskingStep
 
 
 @dataclass(frozen=True)

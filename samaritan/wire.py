@@ -1,4 +1,4 @@
-"""Instructions, payloads and scores as Flower records, and the bytes they take on the wire.
+"""Requests and answers as Flower messages, and the bytes they take on the wire.
 
 The only core module that imports flwr. Records are typed; nothing is pickled. A payload is one byte
 string (`samaritan.codecs`) in one Flower array.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 # Before flwr is imported: no telemetry, no look-up of newer versions.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,82 +18,96 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import array_to_proto, recorddict_to_proto
 
-ARRAYS, CONFIG, METRICS, MASKING = "arrays", "config", "metrics", "masking"
-SECURE_SUM = "query.secure_sum"
-"""The type of messages that prepare and open a secure sum."""
+from samaritan.messages import Answer, Instruction, Kind, MaskingStep, Request
+
+ARRAYS, CONFIG, METRICS, MASKING, SEAL = "arrays", "config", "metrics", "masking", "seal"
+
+MESSAGE_TYPES: dict[Kind, str] = {
+    "hello": "query",
+    "secure_sum": "query.secure_sum",
+    "train": "train",
+    "evaluate": "evaluate",
+}
+"""How Flower calls each kind of question."""
 
 _PAYLOAD, _STYPE = "payload", "samaritan.codecs"
+_PLAN, _SIGNATURE = "plan-sha256", "signature"
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """What the server asks of a site in one message.
-
-    Attributes:
-        server_round: 1 to `rounds`.
-        rounds: Rounds of the whole run.
-        config_sha256: Of the configuration the server runs.
-        base_sha256: Of the base model the adapter belongs to.
-        timeout_s: How long local training may take.
-        state_sha256: Of the state to work on, which the site has after reading the payload.
-        reference_sha256: Of the state the payload is to be added to; empty where the payload is the
-            whole state, or where there is none because the site has the state already.
-        used_round: The last round in which an update of this site was used, 0 for none. The site
-            goes on from what it noted then: an update that was lost or refused has taken nothing.
-        ledger: Where the site's privacy ledger stood when the server last heard of it; empty where
-            it never did. A site whose ledger does not know this entry has lost what it spent.
-    """
-
-    server_round: int
-    rounds: int
-    config_sha256: str
-    base_sha256: str
-    timeout_s: float
-    state_sha256: str = ""
-    reference_sha256: str = ""
-    used_round: int = 0
-    ledger: str = ""
-
-    def record(self) -> ConfigRecord:
-        """As a Flower record."""
-        values = asdict(self) | {"timeout_s": float(self.timeout_s)}
-        return ConfigRecord({name.replace("_", "-"): value for name, value in values.items()})
+def request_content(request: Request) -> RecordDict:
+    """The content of a message that asks a site."""
+    config = ConfigRecord({_PLAN: request.plan_sha256} if request.plan_sha256 else {})
+    if request.instruction is not None:
+        values = asdict(request.instruction)
+        values["timeout_s"] = float(request.instruction.timeout_s)
+        for name, value in values.items():
+            config[name.replace("_", "-")] = value
+    return content(request.payload, config if config else None, masking=request.step)
 
 
-def read_instruction(message: Message) -> Instruction:
-    """The instruction of a message.
+def read_request(message: Message, kind: Kind, bundle_sha256: str = "") -> Request:
+    """What a message asks.
+
+    Args:
+        message: From a server.
+        kind: The kind it came as.
+        bundle_sha256: Of the app bundle it came with.
 
     Raises:
-        KeyError: When a field is missing.
+        KeyError, TypeError, ValueError: When a part is missing or of another type.
     """
-    record = message.content.config_records[CONFIG]
+    config = message.content.config_records.get(CONFIG)
+    plan = "" if config is None else str(config.get(_PLAN, ""))
+    if kind == "hello":
+        return Request(kind, plan, message.metadata.message_id, bundle_sha256)
+    if config is None:
+        raise KeyError(CONFIG)
     kinds = {"int": int, "float": float, "str": str}
     values = {
-        field.name: kinds[str(field.type)](record[field.name.replace("_", "-")])
+        field.name: kinds[str(field.type)](config[field.name.replace("_", "-")])
         for field in fields(Instruction)
     }
-    return Instruction(**values)
+    return Request(
+        kind,
+        plan,
+        message.metadata.message_id,
+        bundle_sha256,
+        Instruction(**values),
+        payload_of(message),
+        read_masking_step(message),
+    )
 
 
-@dataclass(frozen=True)
-class MaskingStep:
-    """One step of a secure sum (`samaritan.privacy.secure_sum`), in either direction.
+def answer_content(answer: Answer) -> RecordDict:
+    """The content of a message that answers."""
+    texts = ConfigRecord(dict(answer.texts)) if answer.texts else None
+    records = content(answer.payload, texts, answer.numbers or None, answer.step)
+    if answer.seal:
+        records[SEAL] = ConfigRecord({_SIGNATURE: answer.seal})
+    return records
 
-    Attributes:
-        stage: "keys", "shares", "masked", "agreement" or "opening".
-        attempt: 1 and up, in its round.
-        length: Numbers in an update.
-        data: What the other side made for this step.
+
+def read_answer(message: Message) -> Answer:
+    """What a site answers, whatever it is.
+
+    Raises:
+        KeyError, TypeError, ValueError: When it holds anything but the parts of an answer.
     """
-
-    stage: str
-    attempt: int
-    length: int
-    data: bytes
-
-    def record(self) -> ConfigRecord:
-        """As a Flower record."""
-        return ConfigRecord(asdict(self))
+    numbers: dict[str, float | int] = {}
+    for name, value in message.content.metric_records.get(METRICS, {}).items():
+        if not isinstance(value, int | float):
+            raise TypeError("a number of an answer is none")
+        numbers[name] = value
+    texts: dict[str, str] = {}
+    for name, text in message.content.config_records.get(CONFIG, {}).items():
+        if not isinstance(text, str):
+            raise TypeError("a text of an answer is none")
+        texts[name] = text
+    sealing = message.content.config_records.get(SEAL)
+    seal = b"" if sealing is None else sealing.get(_SIGNATURE, b"")
+    if not isinstance(seal, bytes):
+        raise TypeError("a seal that is no signature")
+    return Answer(payload_of(message), numbers, texts, read_masking_step(message), seal)
 
 
 def read_masking_step(message: Message) -> MaskingStep | None:
@@ -144,7 +158,7 @@ def content(
     if metrics is not None:
         records[METRICS] = MetricRecord(dict(metrics))
     if masking is not None:
-        records[MASKING] = masking.record()
+        records[MASKING] = ConfigRecord(asdict(masking))
     return records
 
 

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from samaritan.config import Config
 from samaritan.errors import FederationError
+from samaritan.messages import Instruction, Kind, MaskingStep, Request
 from samaritan.shares import CONTROL, noisy_sites, shares
-from samaritan.wire import SECURE_SUM, Instruction, MaskingStep, content, message_bytes
+from samaritan.wire import MESSAGE_TYPES, message_bytes, request_content
 from server.delivery import Delivery
+from server.ingress import Ingress
 from server.judgement import BUDGET_SPENT, History, last_ledger, last_used
 from strategies.replies import (
     Expected,
@@ -39,21 +41,25 @@ class Post:
 
     Attributes:
         grid: Flower's.
-        nodes: Node id by site, of every site at the roll call.
+        nodes: Node id by site, of every site that has answered a roll call.
         delivery: What each site holds.
         config: Of the run.
         counts: `Update.counts` of the sites that label some structures only.
         at_once: Sites that work at the same time; the others wait their turn. None for all.
         event: Writes an event.
+        ingress: Writes down what comes in.
+        plan_sha256: Of the plan that all sites approved; empty in a simulation.
     """
 
     grid: Grid
-    nodes: Mapping[str, int]
+    nodes: dict[str, int]
     delivery: Delivery
     config: Config
     counts: Mapping[str, Mapping[str, Tensor]]
     at_once: int | None
     event: Event
+    ingress: Ingress
+    plan_sha256: str
 
     def online(self, sites: Sequence[str]) -> list[str]:
         """Those of the sites that are there now."""
@@ -93,6 +99,7 @@ class Asking:
         norms: Length of each usable update, before it was clipped.
         waiting_s: Time that passed until answers were there.
         lost: Whether the round can come to nothing any more, and the next one is to begin.
+        forged: Sites for which somebody else has answered.
     """
 
     def __init__(self, post: Post, instruction: Instruction, history: History) -> None:
@@ -104,6 +111,7 @@ class Asking:
         self.norms: dict[str, float] = {}
         self.waiting_s = 0.0
         self.lost = False
+        self.forged: set[str] = set()
 
     @property
     def left(self) -> list[str]:
@@ -165,11 +173,11 @@ class Asking:
         return stale
 
     def _score(self, sites: Sequence[str]) -> None:
-        for site, message in self._ask(sites, MessageType.EVALUATE):
+        for site, message in self._ask(sites, "evaluate"):
             self.scored[site] = read_evaluate_reply(message)
             self._arrived(site, message)
         for site in sites:
-            self.scored.setdefault(site, self._silence(len(sites)))
+            self.scored.setdefault(site, self._silence(site, len(sites)))
 
     def _train_all(self, sites: Sequence[str]) -> Iterator[Update]:
         yield from self._train(sites)
@@ -178,7 +186,7 @@ class Asking:
 
     def _train(self, sites: Sequence[str]) -> Iterator[Update]:
         open_sites = set(sites)
-        for site, message in self._ask(sites, MessageType.TRAIN):
+        for site, message in self._ask(sites, "train"):
             expected = self.expected(site)
             reply, delta = read_train_reply(message, expected)
             late = reply.status.startswith("late")
@@ -208,17 +216,17 @@ class Asking:
                 self.post.counts.get(site, {}),
             )
         for site in sorted(open_sites):
-            self.trained[site] = self._silence(len(sites))
+            self.trained[site] = self._silence(site, len(sites))
             self.post.event(
                 "site_late", round=self.instruction.server_round, site=site,
                 status=self.trained[site].status,
             )  # fmt: skip
 
     def _ask(
-        self, sites: Sequence[str], kind: str, steps: Mapping[str, MaskingStep] | None = None
+        self, sites: Sequence[str], kind: Kind, steps: Mapping[str, MaskingStep] | None = None
     ) -> Iterator[tuple[str, Message]]:
         """Answers to a question about a state, with a step of a secure sum where there is one."""
-        contents = {}
+        requests = {}
         for site in sites:
             payload, instruction = self.post.delivery.address(site, self.instruction)
             instruction = replace(
@@ -227,17 +235,27 @@ class Asking:
                 ledger=last_ledger(self.history, site),
             )
             step = (steps or {}).get(site)
-            contents[site] = content(payload, instruction.record(), masking=step)
-        return self._send(contents, kind)
+            requests[site] = self._request(kind, instruction, payload, step)
+        return self._send(requests)
+
+    def _request(
+        self,
+        kind: Kind,
+        instruction: Instruction,
+        payload: bytes | None = None,
+        step: MaskingStep | None = None,
+    ) -> Request:
+        plan = self.post.plan_sha256
+        return Request(kind, plan, instruction=instruction, payload=payload, step=step)
 
     def query(self, steps: Mapping[str, MaskingStep]) -> Iterator[tuple[str, Message]]:
         """Answers to steps of a secure sum, which name the state and do not bring it."""
-        contents = {}
+        requests = {}
         for site, step in steps.items():
             state = self.post.delivery.state(site).sha256
-            config = replace(self.instruction, state_sha256=state).record()
-            contents[site] = content(config=config, masking=step)
-        for site, message in self._send(contents, SECURE_SUM):
+            instruction = replace(self.instruction, state_sha256=state)
+            requests[site] = self._request("secure_sum", instruction, step=step)
+        for site, message in self._send(requests):
             self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
             yield site, message
 
@@ -246,7 +264,7 @@ class Asking:
         stale = dict(steps)
         for _ in range(2):
             lost = []
-            for site, message in self._ask(list(stale), MessageType.TRAIN, stale):
+            for site, message in self._ask(list(stale), "train", stale):
                 self._arrived(site, message)
                 if message.has_error() and error_status(message) == _NO_STATE:
                     lost.append(site)
@@ -257,13 +275,17 @@ class Asking:
             if not stale:
                 return
 
-    def _send(self, contents: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, Message]]:
+    def _send(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Message]]:
         """Answers with the site they come from; of nodes that were not asked there are none."""
         post = self.post
-        names = {post.nodes[site]: site for site in contents}
+        names = {post.nodes[site]: site for site in requests}
         messages = []
-        for site, records in contents.items():
-            message = Message(records, message_type=kind, dst_node_id=post.nodes[site])
+        for site, request in requests.items():
+            message = Message(
+                request_content(request),
+                message_type=MESSAGE_TYPES[request.kind],
+                dst_node_id=post.nodes[site],
+            )
             size = message_bytes(message)
             self.bytes_down[site] = self.bytes_down.get(site, 0) + size
             messages.append(message)
@@ -275,8 +297,14 @@ class Asking:
             self.waiting_s += time.monotonic() - begun
             if reply is None:
                 return
-            if reply.metadata.src_node_id in names:
-                yield names[reply.metadata.src_node_id], reply
+            if reply.metadata.src_node_id not in names:
+                continue
+            site = names[reply.metadata.src_node_id]
+            if post.ingress.admits(site, requests[site], reply):
+                yield site, reply
+            else:
+                self.forged.add(site)
+                post.event("reply_forged", round=self.instruction.server_round, site=site)
 
     def _arrived(self, site: str, message: Message, of_this_round: bool = True) -> None:
         self.bytes_up[site] = self.bytes_up.get(site, 0) + message_bytes(message)
@@ -288,7 +316,9 @@ class Asking:
         turns = math.ceil(sites / (self.post.at_once or sites or 1))
         return (self.instruction.timeout_s * 1.1 + 1) * turns
 
-    def _silence(self, sites: int) -> Reply:
+    def _silence(self, site: str, sites: int) -> Reply:
+        if site in self.forged:
+            return Reply("refused: the answer is not sealed by this site")
         return Reply(f"late: no answer in {self._timeout_s(sites):.0f} s")
 
     def expected(self, site: str) -> Expected:

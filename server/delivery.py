@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from samaritan.codecs import decode, encode, is_lossless
 from samaritan.config import CodecConfig
+from samaritan.messages import Instruction
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
-from samaritan.wire import Instruction
 
 _WHOLE = CodecConfig()
 

@@ -40,6 +40,9 @@ class Federation:
         at_once: Sites that work at the same time; None for all of them.
         on_round: Told of each finished round.
         identities: Public key by site, for secure aggregation.
+        plan_sha256: Of the plan that all sites approved; empty in a simulation.
+        signers: Public key by site that must have sealed its answers; none in a simulation.
+        node_keys: Key by site of the node that speaks for it; none in a simulation.
         budget: What the sites may give away where a site is the unit of privacy; else None.
     """
 
@@ -54,6 +57,14 @@ class Federation:
     on_round: RoundCallback | None = None
     identities: Mapping[str, bytes] = field(default_factory=dict)
     budget: Budget | None = None
+    plan_sha256: str = ""
+    signers: Mapping[str, bytes] = field(default_factory=dict)
+    node_keys: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        """The log of what came in."""
+        return self.run_dir / "server_log.jsonl"
 
     @property
     def checkpoints(self) -> Path:

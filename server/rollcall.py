@@ -1,19 +1,24 @@
-"""The roll call before the first round: which node is which site, in the same study?"""
+"""The roll call: which node is which site, in the same study? Later ones are for late comers."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from samaritan.errors import FederationError
-from samaritan.wire import CONFIG, content
+from samaritan.messages import Request
+from samaritan.wire import MESSAGE_TYPES, read_answer, request_content
+from server.nodes import online
 
 _POLL_S = 0.2
+
+Admits = Callable[[str, Request, Message], bool]
+"""Writes an answer down; False where it is not sealed by the site."""
 
 
 @dataclass(frozen=True)
@@ -29,72 +34,93 @@ class RollCall:
     refused: list[str]
 
 
-def roll_call(
-    grid: Grid,
-    expected: Mapping[str, Mapping[str, str]],
-    min_sites: int,
-    wait_s: float,
-) -> RollCall:
-    """Asks every node for its site, version, configuration, base and adapter.
+@dataclass(frozen=True)
+class Caller:
+    """Who calls the roll.
 
-    Args:
+    Attributes:
         grid: Flower's.
         expected: What each approved site must answer.
-        min_sites: How many must be right.
-        wait_s: How long to wait for them.
-
-    Raises:
-        FederationError: When too few sites are right after `wait_s` seconds.
+        request: The question.
+        admits: Writes answers down.
+        node_keys: Key of each site's node; none in a simulation.
     """
-    approved = list(expected)
-    end = time.monotonic() + wait_s
-    while True:
-        roll = _ask(grid, expected, wait_s)
-        if len(roll.present) == len(approved):
-            return roll
-        if time.monotonic() > end:
-            break
-        if roll.refused and len(roll.present) + len(roll.refused) >= len(approved):
-            break  # everyone is here; waiting changes nothing
-        time.sleep(_POLL_S)
-    if len(roll.present) < min_sites:
-        faults = f" ({'; '.join(roll.refused)})" if roll.refused else ""
-        raise FederationError(
-            "SAM-F103",
-            f"{len(roll.present)} of {len(approved)} sites are ready after {wait_s:g} s, "
-            f"{min_sites} needed{faults}",
-            "Start the missing sites, or lower federation.min_sites.",
-        )
-    return roll
 
+    grid: Grid
+    expected: Mapping[str, Mapping[str, str]]
+    request: Request
+    admits: Admits
+    node_keys: Mapping[str, bytes]
 
-def _ask(grid: Grid, expected: Mapping[str, Mapping[str, str]], timeout_s: float) -> RollCall:
-    questions = [
-        Message(content(), message_type=MessageType.QUERY, dst_node_id=node)
-        for node in sorted(grid.get_node_ids())
-    ]
-    present: dict[int, str] = {}
-    refused: list[str] = []
-    for reply in grid.send_and_receive(questions, timeout=timeout_s):
-        node = reply.metadata.src_node_id
-        try:
-            answer = {k: str(v) for k, v in reply.content.config_records[CONFIG].items()}
-            site = answer["site"]
-        except Exception as fault:  # an answer of any shape may come
-            refused.append(f"node {node}: no readable answer ({type(fault).__name__})")
-            continue
-        right = expected.get(site, {})
-        wrong = [k for k, v in right.items() if answer.get(k) != v]
-        if site not in expected:
-            refused.append(f"node {node}: not an approved site")
-        elif site in present.values():
-            refused.append(f"site {site}: a second node claims to be this site")
-        elif wrong:
-            pairs = ", ".join(f"{k} {_plain(answer.get(k, ''))} not {right[k][:16]}" for k in wrong)
-            refused.append(f"site {site}: {pairs}")
-        else:
-            present[node] = site
-    return RollCall(present, refused)
+    def call(self, min_sites: int, wait_s: float) -> RollCall:
+        """Asks every node for its site, version, configuration, base and adapter.
+
+        Args:
+            min_sites: How many must be right.
+            wait_s: How long to wait for them.
+
+        Raises:
+            FederationError: When too few sites are right after `wait_s` seconds.
+        """
+        end = time.monotonic() + wait_s
+        present: dict[int, str] = {}
+        while True:
+            roll = self.ask(present, wait_s)
+            present |= roll.present
+            if len(present) == len(self.expected) or time.monotonic() > end:
+                break
+            if roll.refused and len(present) + len(roll.refused) >= len(self.expected):
+                break  # everyone is here; waiting changes nothing
+            time.sleep(_POLL_S)
+        if len(present) < min_sites:
+            faults = f" ({'; '.join(roll.refused)})" if roll.refused else ""
+            raise FederationError(
+                "SAM-F103",
+                f"{len(present)} of {len(self.expected)} sites are ready after {wait_s:g} s, "
+                f"{min_sites} needed{faults}",
+                "Start the missing sites, or lower federation.min_sites.",
+            )
+        return RollCall(present, roll.refused)
+
+    def ask(self, known: Mapping[int, str], timeout_s: float) -> RollCall:
+        """Asks the nodes that are online and not known yet; only they are in the result."""
+        nodes = online(self.grid, self.node_keys)
+        kind = MESSAGE_TYPES[self.request.kind]
+        questions = [
+            Message(request_content(self.request), message_type=kind, dst_node_id=node)
+            for node in sorted(nodes)
+            if node not in known
+        ]
+        present: dict[int, str] = {}
+        refused: list[str] = []
+        if not questions:
+            return RollCall(present, refused)
+        for reply in self.grid.send_and_receive(questions, timeout=timeout_s):
+            node = reply.metadata.src_node_id
+            try:
+                answer = read_answer(reply).texts
+                site = answer["site"]
+            except Exception as fault:  # an answer of any shape may come
+                refused.append(f"node {node}: no readable answer ({type(fault).__name__})")
+                continue
+            right = self.expected.get(site, {})
+            wrong = [k for k, v in right.items() if answer.get(k) != v]
+            if site not in self.expected:
+                refused.append(f"node {node}: not an approved site")
+            elif nodes.get(node) not in (None, site):
+                refused.append(f"node {node}: its key is that of site {nodes[node]}")
+            elif not self.admits(site, self.request, reply):
+                refused.append(f"site {site}: the answer is not sealed by this site")
+            elif site in present.values() or site in known.values():
+                refused.append(f"site {site}: a second node claims to be this site")
+            elif wrong:
+                pairs = ", ".join(
+                    f"{k} {_plain(answer.get(k, ''))} not {right[k][:16]}" for k in wrong
+                )
+                refused.append(f"site {site}: {pairs}")
+            else:
+                present[node] = site
+        return RollCall(present, refused)
 
 
 def _plain(text: str) -> str:

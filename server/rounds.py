@@ -12,8 +12,10 @@ from flwr.serverapp import Grid
 from safetensors.torch import load, save
 
 from samaritan import __version__
+from samaritan.audit.log import Log
 from samaritan.config import Config, config_sha256
 from samaritan.errors import FederationError, PrivacyError
+from samaritan.messages import Instruction, Request
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
 from samaritan.privacy.ledger import Question
@@ -21,12 +23,12 @@ from samaritan.privacy.randomness import SystemRandom
 from samaritan.shares import CONTROL, public_state, shares, tells_scores
 from samaritan.training.drift import server_control
 from samaritan.training.local import round_seed
-from samaritan.wire import Instruction
 from server.asking import Asking, Post
 from server.checkpoints import Checkpoint, read_round, save_checkpoint
 from server.delivery import Delivery, Published, publish, publish_after
 from server.federation import Federation, quorum, resume_point
 from server.history import published, round_entry
+from server.ingress import Ingress
 from server.judgement import (
     BUDGET_SPENT,
     best_round,
@@ -36,7 +38,7 @@ from server.judgement import (
     on_plateau,
     quarantined,
 )
-from server.rollcall import RollCall, roll_call
+from server.rollcall import Caller, RollCall
 from server.secure_sum import summed_update
 from strategies.clipping import clipped
 from strategies.meter import ProductMeter
@@ -47,6 +49,9 @@ from strategies.site_privacy import private_rule
 from strategies.update import Situation, Update
 
 _SENT, _CONTROL = "sent/", "control"
+
+_GREETING_S = 60.0
+"""How long a round waits for the answer of a site that has just come."""
 
 
 def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
@@ -69,16 +74,20 @@ def run_rounds(grid: Grid, federation: Federation) -> Checkpoint:
     logging.getLogger("flwr").setLevel(logging.ERROR)  # the run writes its own events
     try:
         if not _is_over(config, state):
-            roll = _roll_call(grid, federation)
-            delivery = _delivery(federation, state)
-            nodes = {site: node for node, site in roll.present.items()}
+            ingress = Ingress(Log(federation.log, {"server": config.name}), federation.signers)
+            caller = _caller(grid, federation, ingress)
+            roll = caller.call(quorum(config, len(federation.sites)), config.federation.wait_s)
+            _note_roll(federation, roll)
             post = Post(
-                grid, nodes, delivery, config, federation.counts, federation.at_once,
-                federation.note,
+                grid, {site: node for node, site in roll.present.items()},
+                _delivery(federation, state), config, federation.counts, federation.at_once,
+                federation.note, ingress, federation.plan_sha256,
             )  # fmt: skip
             left = left_sites(state.history)
             while not _is_over(config, state) and _are_enough(federation, left):
                 before = len(left)
+                if federation.node_keys:
+                    _greet(federation, caller, post)
                 try:
                     state = _next_round(federation, post, state, left)
                 except FederationError:
@@ -136,23 +145,33 @@ def _chosen(federation: Federation, state: Checkpoint) -> Checkpoint:
     return replace(chosen, history=state.history)
 
 
-def _roll_call(grid: Grid, federation: Federation) -> RollCall:
-    config = federation.config
+def _caller(grid: Grid, federation: Federation, ingress: Ingress) -> Caller:
     common = {
         "samaritan": __version__,
-        "config-sha256": config_sha256(config),
+        "config-sha256": config_sha256(federation.config),
         "base-sha256": federation.base_sha256,
     }
-    sites = [*federation.sites, *federation.observers]
+    if federation.plan_sha256:
+        common["plan-sha256"] = federation.plan_sha256
     beginnings = _published_beginning(federation)
     expected = {
         site: common | {"adapter-sha256": beginnings[federation.rank(site)].sha256}
-        for site in sites
+        for site in (*federation.sites, *federation.observers)
     }
-    needed = quorum(config, len(federation.sites))
-    roll = roll_call(grid, expected, needed, config.federation.wait_s)
+    request = Request("hello", federation.plan_sha256)
+    return Caller(grid, expected, request, ingress.admits, federation.node_keys)
+
+
+def _note_roll(federation: Federation, roll: RollCall) -> None:
     federation.note("roll_call", present=sorted(roll.present.values()), refused=roll.refused)
-    return roll
+
+
+def _greet(federation: Federation, caller: Caller, post: Post) -> None:
+    """Takes in sites that were not there at the roll call, or came back as another node."""
+    roll = caller.ask({node: site for site, node in post.nodes.items()}, _GREETING_S)
+    if roll.present or roll.refused:
+        _note_roll(federation, roll)
+    post.nodes.update({site: node for node, site in roll.present.items()})
 
 
 def _next_round(

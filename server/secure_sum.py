@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from samaritan.errors import FederationError, PrivacyError
+from samaritan.messages import MaskingStep
 from samaritan.models.vectors import length, unflat
 from samaritan.privacy.secure_sum import Coordinator, agreed_terms
-from samaritan.wire import MaskingStep, read_masking_step
+from samaritan.wire import read_masking_step
 from server.asking import Asking
 from server.judgement import ROUND_OPENED
 from strategies.replies import Reply, error_status, read_masked_reply

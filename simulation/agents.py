@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +10,10 @@ from client.agent import SiteAgent
 from client.exchange import Exchange, KnownStates
 from client.masking import Masking
 from client.memory import Memory
+from client.site import Site
+from samaritan.audit.gate import Gate
+from samaritan.audit.log import Log
+from samaritan.audit.policy import SitePolicy
 from samaritan.data.slices import CaseCache
 from samaritan.keys import load_identity
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
@@ -17,6 +21,11 @@ from samaritan.privacy.budget import Budget
 from samaritan.privacy.plan import privacy_plan
 from samaritan.shares import noisy_sites, public_state
 from simulation.study import TRAIN, VALIDATION, Study
+
+SITE_LOG = "log.jsonl"
+"""What came in and went out, in the folder of each site."""
+
+_UNLIMITED_MB = 1e6
 
 
 def build_agents(
@@ -70,6 +79,15 @@ def build_agents(
             masking(site),
         )
         for site, rank in ranks.items()
+    ]
+
+
+def in_front_of(agents: Iterable[SiteAgent]) -> list[Site]:
+    """The sites with these agents, each with its gate and a log in the run folder."""
+    policy = SitePolicy(max_message_mb=_UNLIMITED_MB)
+    return [
+        Site(agent, Gate(Log(agent.memory.folder / SITE_LOG, {"site": agent.site}), policy))
+        for agent in agents
     ]
 
 

@@ -6,34 +6,33 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from client.agent import SiteAgent
-from client.app import make_client_app
+from client.app import Answering, make_client_app
+from client.site import Site
 from samaritan.config import Config, load_config
 from samaritan.errors import ConfigError, FederationError
 from samaritan.models.adapter import build_adapted
 from server.app import make_server_app
 from server.checkpoints import Checkpoint
 from server.federation import Federation
-from simulation.agents import build_agents
+from simulation.agents import build_agents, in_front_of
 from simulation.grid import InProcessGrid, partition_id
 from simulation.study import read_study
 
 
-def run_in_process(federation: Federation, agents: list[SiteAgent]) -> Checkpoint:
+def run_in_process(federation: Federation, sites: Sequence[Answering]) -> Checkpoint:
     """All sites in this process, one after the other, on one model.
 
     Raises:
         SamaritanError: As `run_rounds`.
     """
     finished: list[Checkpoint] = []
-    grid = InProcessGrid(
-        make_client_app(lambda context: agents[partition_id(context)]), len(agents)
-    )
+    grid = InProcessGrid(make_client_app(lambda context: sites[partition_id(context)]), len(sites))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     make_server_app(federation, finished.append)(grid, context)
     return finished[0]
@@ -83,7 +82,7 @@ def run_on_ray(
         run_simulation(
             app,
             make_client_app(
-                functools.partial(_worker_agent, federation.run_dir, data_dir, ledger_dir)
+                functools.partial(_worker_site, federation.run_dir, data_dir, ledger_dir)
             ),
             num_supernodes=nodes,
             backend_config={
@@ -104,16 +103,16 @@ def run_on_ray(
     return finished[0]
 
 
-def _worker_agent(
-    run_dir: Path, data_dir: Path, ledger_dir: Path | None, context: Context
-) -> SiteAgent:
-    return _worker_agents(run_dir, data_dir, ledger_dir)[partition_id(context)]
+def _worker_site(run_dir: Path, data_dir: Path, ledger_dir: Path | None, context: Context) -> Site:
+    return _worker_sites(run_dir, data_dir, ledger_dir)[partition_id(context)]
 
 
 @functools.cache
-def _worker_agents(run_dir: Path, data_dir: Path, ledger_dir: Path | None) -> list[SiteAgent]:
-    """The agents of a Ray worker; built once and kept between messages."""
+def _worker_sites(run_dir: Path, data_dir: Path, ledger_dir: Path | None) -> list[Site]:
+    """The sites of a Ray worker; built once and kept between messages."""
     config: Config = load_config(run_dir / "config.yaml")
     study = read_study(config, data_dir)
     model = build_adapted(config, len(study.classes))
-    return build_agents(study, model, model.state(), study.cache(), run_dir, ledger_dir)
+    return in_front_of(
+        build_agents(study, model, model.state(), study.cache(), run_dir, ledger_dir)
+    )

@@ -37,7 +37,7 @@ from samaritan.report.html import write_report
 from samaritan.shares import get_sharing
 from server.events import append_event
 from server.federation import Federation, RoundCallback
-from simulation.agents import build_agents, site_unit_budget
+from simulation.agents import build_agents, in_front_of, site_unit_budget
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
 from simulation.outcome import cost_of, steps_of, summarise, write_json
@@ -153,7 +153,7 @@ def _simulate(
     state = (
         run_on_ray(federation, data_dir, ledger_dir)
         if engine == "ray"
-        else run_in_process(federation, agents)
+        else run_in_process(federation, in_front_of(agents))
     )
     federated_seconds = time.monotonic() - training
     model.load(state.adapter)

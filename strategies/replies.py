@@ -12,9 +12,10 @@ from flwr.app import Message
 
 from samaritan.codecs import WireError, decode
 from samaritan.config import CodecConfig
+from samaritan.messages import Answer
 from samaritan.models.adapter import AdapterState
 from samaritan.models.bases import state_sha256
-from samaritan.wire import CONFIG, METRICS, message_bytes, payload_of
+from samaritan.wire import message_bytes, read_answer
 
 _MOST = 1e9
 _RANGES = {
@@ -91,11 +92,11 @@ def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, Adapt
     if message.has_error():
         return Reply(error_status(message)), None
     try:
-        payload = payload_of(message)
-        if payload is None:
+        answer = read_answer(message)
+        if answer.payload is None:
             return Reply("refused: no update", size_bytes=size), None
-        update, header = decode(payload, expected.shapes, expected.codec)
-        metrics = _numbers(message)
+        update, header = decode(answer.payload, expected.shapes, expected.codec)
+        metrics = _numbers(answer)
         fault = _unlike(update, header, expected) or _out_of_range(metrics, expected.metrics)
     except WireError as error:
         return Reply(f"refused: {error}", size_bytes=size), None
@@ -106,7 +107,7 @@ def read_train_reply(message: Message, expected: Expected) -> tuple[Reply, Adapt
         fault = "refused: the site's former update again"
     if fault:
         return Reply(fault, size_bytes=size), None
-    return Reply("ok", metrics, size, sha256, ledger_of(message)), update
+    return Reply("ok", metrics, size, sha256, ledger_of(answer)), update
 
 
 def read_masked_reply(message: Message) -> tuple[Reply, bytes]:
@@ -119,15 +120,16 @@ def read_masked_reply(message: Message) -> tuple[Reply, bytes]:
         return Reply(error_status(message)), b""
     size = message_bytes(message)
     try:
-        payload, metrics = payload_of(message), _numbers(message)
-        ledger = ledger_of(message)
+        answer = read_answer(message)
+        payload, metrics = answer.payload, _numbers(answer)
     except Exception as error:
         return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size), b""
     if not payload:
         return Reply("refused: no update", size_bytes=size), b""
     if fault := _out_of_range(metrics, ("num-examples",)):
         return Reply(fault, size_bytes=size), b""
-    return Reply("ok", metrics, size, hashlib.sha256(payload).hexdigest(), ledger), payload
+    sha256 = hashlib.sha256(payload).hexdigest()
+    return Reply("ok", metrics, size, sha256, ledger_of(answer)), payload
 
 
 def read_evaluate_reply(message: Message) -> Reply:
@@ -136,24 +138,22 @@ def read_evaluate_reply(message: Message) -> Reply:
     if message.has_error():
         return Reply(error_status(message))
     try:
-        metrics = _numbers(message)
+        metrics = _numbers(read_answer(message))
     except Exception as error:
         return Reply(f"refused: unreadable ({type(error).__name__})", size_bytes=size)
     fault = _out_of_range(metrics, ("num-cases",))
     return replace(Reply(fault or "ok", size_bytes=size), metrics={} if fault else metrics)
 
 
-def ledger_of(message: Message) -> str:
+def ledger_of(answer: Answer) -> str:
     """Where a site says its privacy ledger stands; empty if it does not say so."""
-    told = message.content.config_records.get(CONFIG)
-    text = str(told.get("ledger", "")) if told else ""
+    text = answer.texts.get("ledger", "")
     return text if _LEDGER.fullmatch(text) else ""
 
 
-def _numbers(message: Message) -> dict[str, float]:
+def _numbers(answer: Answer) -> dict[str, float]:
     """The metrics the server has a use for; a name a site made up goes nowhere."""
-    record = message.content.metric_records[METRICS]
-    return {name: float(record[name]) for name in _RANGES if name in record}  # type: ignore[arg-type]
+    return {name: float(answer.numbers[name]) for name in _RANGES if name in answer.numbers}
 
 
 def _out_of_range(metrics: Mapping[str, float], needed: Sequence[str]) -> str | None:

@@ -228,6 +228,27 @@ ROOT = Path(__file__).resolve().parents[1]
 # Federations without data or model, the command line in this process, and one finished run.
 
 
+class Bare:
+    """An agent without log and gate, as couriers meet sites."""
+
+    def __init__(self, agent: Any) -> None:
+        self.agent = agent
+
+    def answer(self, request: Any) -> Any:
+        from client.redaction import redact
+        from client.site import ask_agent
+
+        try:
+            return ask_agent(self.agent, request)
+        except Exception as error:
+            raise redact(error) from None
+
+
+@pytest.fixture
+def bare() -> type[Bare]:
+    return Bare
+
+
 class FakeSite:
     """An agent that adds a number to the whole adapter, and in some rounds does something else.
 
@@ -255,6 +276,9 @@ class FakeSite:
         self.asked: list[int] = []
         self.exchange: Any = None
         self.begin(fake_adapter())
+
+    def answer(self, request: Any) -> Any:
+        return Bare(self).answer(request)
 
     def begin(self, adapter: Any) -> None:
         """Gives it the adapter before the first round."""

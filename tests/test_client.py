@@ -19,21 +19,30 @@ from samaritan import __version__
 from samaritan.codecs import decode, encode
 from samaritan.config import CodecConfig, config_sha256, parse_config
 from samaritan.errors import DataError, FederationError, ModelError
+from samaritan.messages import Instruction, Request
 from samaritan.models.bases import state_sha256
-from samaritan.wire import Instruction, content, payload_of
+from samaritan.wire import content, payload_of, request_content
 from simulation.grid import InProcessGrid
 
 CONFIG = parse_config({"rounds": 3})
 PLANTED = "/secret/patient_007"
 
 
-def ask(agent, kind, payload=None, instruction=None):
+@pytest.fixture
+def ask(bare):
     """The one answer of a courier whose agent this is."""
-    grid = InProcessGrid(make_client_app(lambda context: agent), 1)
-    record = instruction.record() if isinstance(instruction, Instruction) else instruction
-    message = Message(content(payload, record), message_type=kind, dst_node_id=1000)
-    (reply,) = grid.send_and_receive([message])
-    return reply
+
+    def asked(agent, kind, payload=None, instruction=None):
+        grid = InProcessGrid(make_client_app(lambda context: bare(agent)), 1)
+        if isinstance(instruction, ConfigRecord):
+            records = content(payload, instruction)
+        else:
+            records = request_content(Request("train", instruction=instruction, payload=payload))
+        message = Message(records, message_type=kind, dst_node_id=1000)
+        (reply,) = grid.send_and_receive([message])
+        return reply
+
+    return asked
 
 
 def instruction(state=None, **changes):
@@ -96,7 +105,7 @@ ONES = {"a": torch.ones(3)}
         (type("PatientSeven" + "Error", (Exception,), {})(PLANTED), "SAM-F299"),
     ],
 )
-def test_of_an_exception_only_its_code_leaves_the_site(fake_site, caplog, kind, error, code):
+def test_of_an_exception_only_its_code_leaves_the_site(ask, fake_site, caplog, kind, error, code):
     site = fake_site("a", CONFIG, instead={1: error})
     site.evaluate = site.train  # the courier treats both alike
     with caplog.at_level(logging.ERROR, "samaritan.site"):
@@ -121,7 +130,7 @@ def test_a_courier_without_an_agent_tells_nothing_of_why():
     assert "secret" not in reply.error.reason
 
 
-def test_the_update_travels_and_not_the_adapter(fake_site):
+def test_the_update_travels_and_not_the_adapter(ask, fake_site):
     five = {name: value + 5 for name, value in fake_adapter().items()}
     reply = ask(fake_site("a", CONFIG, 0.25), "train", whole(five), instruction(five))
     shapes = {name: tuple(value.shape) for name, value in five.items()}
@@ -131,7 +140,7 @@ def test_the_update_travels_and_not_the_adapter(fake_site):
     assert set(reply.content.config_records) == set()
 
 
-def test_the_roll_call_names_site_version_configuration_base_and_adapter(agent):
+def test_the_roll_call_names_site_version_configuration_base_and_adapter(ask, agent):
     reply = ask(agent(), "query")
     assert dict(reply.content.config_records["config"]) == {
         "site": "a",
@@ -152,7 +161,7 @@ def test_the_roll_call_names_site_version_configuration_base_and_adapter(agent):
         ({"server_round": 4}, "SAM-F202"),
     ],
 )
-def test_an_instruction_that_was_not_agreed_to_is_refused(agent, changes, code):
+def test_an_instruction_that_was_not_agreed_to_is_refused(ask, agent, changes, code):
     made = agent()
     for task in (made.train, made.evaluate):
         with pytest.raises(FederationError) as caught:
@@ -172,7 +181,7 @@ BAD_PAYLOADS = {
 
 
 @pytest.mark.parametrize("case", BAD_PAYLOADS)
-def test_a_payload_that_is_not_the_named_state_is_refused_before_training(agent, case):
+def test_a_payload_that_is_not_the_named_state_is_refused_before_training(ask, agent, case):
     make, code = BAD_PAYLOADS[case]
     made = agent()
     reason = ask(made, "train", make(), instruction(ONES)).error.reason
@@ -181,13 +190,13 @@ def test_a_payload_that_is_not_the_named_state_is_refused_before_training(agent,
     assert made.model.held["a"].sum() == 0
 
 
-def test_a_state_the_site_has_never_seen_is_asked_for_by_its_code(agent):
+def test_a_state_the_site_has_never_seen_is_asked_for_by_its_code(ask, agent):
     for payload, names in ((None, {}), (whole(ONES), {"reference_sha256": "f" * 64})):
         reply = ask(agent(), "train", payload, instruction(ONES, **names))
         assert "SAM-F203" in reply.error.reason
 
 
-def test_an_instruction_with_fields_missing_is_an_error_and_no_crash(agent):
+def test_an_instruction_with_fields_missing_is_an_error_and_no_crash(ask, agent):
     reply = ask(agent(), "train", whole(ONES), ConfigRecord({"server-round": 1}))
     assert "SAM-F299" in reply.error.reason
 

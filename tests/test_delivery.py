@@ -7,8 +7,8 @@ import torch
 
 from samaritan.codecs import decode
 from samaritan.config import CodecConfig
+from samaritan.messages import Instruction
 from samaritan.models.bases import state_sha256
-from samaritan.wire import Instruction
 from server.delivery import Delivery, publish, publish_after
 
 ASKED = Instruction(2, 9, "c" * 64, "b" * 64, 60.0)

@@ -167,6 +167,9 @@ class Replaying:
     def __getattr__(self, name):
         return getattr(self.site, name)
 
+    def answer(self, request):
+        return type(self.site).answer(self, request)
+
     def train(self, payload, instruction):
         update, metrics = self.site.learn(
             self.site.exchange.receive(payload, instruction), instruction

@@ -8,12 +8,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
+from samaritan.messages import Answer, Instruction, MaskingStep, Request
 from samaritan.wire import (
-    Instruction,
+    answer_content,
     content,
     message_bytes,
     payload_of,
-    read_instruction,
+    read_answer,
+    read_request,
+    request_content,
 )
 from simulation.grid import InProcessGrid, nodes_of, partition_id
 
@@ -48,10 +51,48 @@ def test_a_payload_survives_the_wire():
     assert payload_of(Message(content(), message_type="train", dst_node_id=1)) is None
 
 
-def test_an_instruction_survives_the_wire():
-    sent = Instruction(2, 7, "c" * 64, "b" * 64, 1.5, "s" * 64, "r" * 64)
-    message = Message(content(config=sent.record()), message_type="train", dst_node_id=1)
-    assert read_instruction(message) == sent
+def sent(records):
+    """The content as it comes out of Flower's serialisation."""
+    proto = recorddict_to_proto(records).SerializeToString()
+    parsed = recorddict_from_proto(type(recorddict_to_proto(records)).FromString(proto))
+    return Message(parsed, message_type="train", dst_node_id=1)
+
+
+INSTRUCTION = Instruction(2, 7, "c" * 64, "b" * 64, 1.5, "s" * 64, "r" * 64, 1, "d" * 64)
+STEP = MaskingStep("masked", 3, 17, b"\x00\xff")
+
+
+def test_a_request_survives_the_wire():
+    asked = Request("train", "f" * 64, "", "e" * 64, INSTRUCTION, b"state", STEP)
+    assert read_request(sent(request_content(asked)), "train", "e" * 64) == asked
+    hello = Request("hello", "f" * 64)
+    assert read_request(sent(request_content(hello)), "hello") == hello
+    with pytest.raises(KeyError):
+        read_request(sent(request_content(hello)), "train")
+
+
+def test_an_answer_survives_the_wire_and_so_does_its_hash():
+    numbers = {"dice": 0.1 + 0.2, "steps": 4}
+    given = Answer(b"update", numbers, {"ledger": "d" * 64}, STEP, b"sealed")
+    assert read_answer(sent(answer_content(given))) == given
+    assert read_answer(sent(answer_content(given))).sha256 == given.sha256
+    assert read_answer(sent(answer_content(Answer()))) == Answer()
+
+
+def test_the_hash_of_an_answer_depends_on_every_part_but_the_seal():
+    given = Answer(b"update", {"dice": 0.5}, {"a": "b"}, STEP)
+    others = [
+        Answer(b"updatf", {"dice": 0.5}, {"a": "b"}, STEP),
+        Answer(None, {"dice": 0.5}, {"a": "b"}, STEP),
+        Answer(b"update", {"dice": 0.25}, {"a": "b"}, STEP),
+        Answer(b"update", {"nsd": 0.5}, {"a": "b"}, STEP),
+        Answer(b"update", {"dice": 0.5}, {"a": "c"}, STEP),
+        Answer(b"update", {"dice": 0.5}, {"a": "b"}),
+        Answer(b"update", {"dice": 0.5}, {"a": "b"}, MaskingStep("masked", 3, 17, b"\x00\xfe")),
+        Answer(b"update", {"dice": 0.5}, {"a": "b"}, MaskingStep("masked", 4, 17, b"\x00\xff")),
+    ]
+    assert len({answer.sha256 for answer in [given, *others]}) == 9
+    assert Answer(b"update", {"dice": 0.5}, {"a": "b"}, STEP, b"seal").sha256 == given.sha256
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,14 @@ import torch
 from client.agent import SiteAgent
 from client.exchange import Exchange, KnownStates
 from client.memory import Memory
+from samaritan.audit.log import entries
 from samaritan.codecs import decode, encode
 from samaritan.config import CodecConfig, config_sha256, load_config, parse_config
 from samaritan.errors import StorageError
 from samaritan.lock import locked
+from samaritan.messages import Instruction
 from samaritan.models.bases import state_sha256
 from samaritan.shares import CONTROL, public_state
-from samaritan.wire import Instruction
 from server.checkpoints import latest_checkpoint
 from simulation.run import simulate
 
@@ -152,9 +153,16 @@ def untimed(history):
 
 def same(folder, straight):
     """Nothing more, nothing less, and the same numbers in the files of the server and its sites."""
-    names = [sorted(str(p.relative_to(run)) for p in run.rglob("*")) for run in (folder, straight)]
+    names = [
+        sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.suffix != ".fragment")
+        for run in (folder, straight)
+    ]
     assert names[0] == names[1]
-    exact = [name for name in names[0] if name.startswith(("sites/", "adapter/"))]
+    logs = [name for name in names[0] if name.endswith("log.jsonl")]
+    assert len(logs) == 3  # of the server and two sites: what happened twice stands there twice
+    for name in logs:
+        assert list(entries((folder / name).read_bytes())), name
+    exact = [n for n in names[0] if n.startswith(("sites/", "adapter/")) and n not in logs]
     assert sum("round_" in name for name in exact) == 6  # two sites, the last round and two before
     for name in exact:
         if (folder / name).is_file():

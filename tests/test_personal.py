@@ -83,7 +83,7 @@ def test_fine_tuning_moves_the_adapter_of_each_site_and_not_the_shared_one(go):
 def test_a_run_without_personal_parts_keeps_nothing_at_its_sites(go):
     folder, summary = go("nothing")
     assert summary["personal"] is None
-    assert not (folder / "sites").exists()
+    assert {path.name for path in folder.glob("sites/*/*")} == {"log.jsonl"}
 
 
 def test_a_personal_decoder_of_a_site_that_only_scores_stays_as_it_began(go):

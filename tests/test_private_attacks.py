@@ -28,6 +28,7 @@ from samaritan.errors import (
     TrainingError,
 )
 from samaritan.keys import load_identity
+from samaritan.messages import Instruction, MaskingStep
 from samaritan.models.adapter import build_adapted
 from samaritan.models.bases import state_sha256
 from samaritan.privacy.accounting import Spending, epsilon_of
@@ -37,7 +38,6 @@ from samaritan.privacy.mechanism import Mechanism
 from samaritan.privacy.randomness import SystemRandom
 from samaritan.privacy.rules import check_privacy
 from samaritan.privacy.secure_sum import Coordinator, Terms
-from samaritan.wire import Instruction, MaskingStep
 from server.checkpoints import read_round
 from simulation.agents import build_agents, site_unit_budget
 from simulation.privacy import privacy_results

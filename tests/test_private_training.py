@@ -19,6 +19,7 @@ from samaritan.codecs import decode, encode
 from samaritan.config import CodecConfig, Config, config_sha256, parse_config
 from samaritan.data.phantoms import write_phantoms
 from samaritan.errors import ConfigError, PrivacyError, SamaritanError
+from samaritan.messages import Instruction
 from samaritan.models.adapter import build_adapted
 from samaritan.models.bases import BASES, FAMILIES, state_sha256
 from samaritan.models.family import Prompts
@@ -30,7 +31,6 @@ from samaritan.privacy.plan import privacy_plan
 from samaritan.privacy.rules import check_privacy
 from samaritan.training.feed import Batch, joined
 from samaritan.training.private import patients_of
-from samaritan.wire import Instruction
 from simulation.agents import build_agents
 from simulation.run import simulate
 from simulation.study import read_study
@@ -394,7 +394,8 @@ def test_without_privacy_nothing_of_it_is_there(tmp_path):
     tree["training"] = {"slices_per_case": 2, "batch_size": 4}
     summary = run(parse_config(tree), tmp_path / "run")
     assert summary["privacy"] is None
-    assert not (tmp_path / "run" / "sites").exists()
+    kept = [path.name for path in (tmp_path / "run" / "sites").rglob("*") if path.is_file()]
+    assert set(kept) == {"log.jsonl"}
     assert Config().privacy.unit == "none"
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["privacy"]["unit"] == (
         "none"

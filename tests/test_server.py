@@ -21,6 +21,7 @@ from samaritan.wire import message_bytes
 from server import rounds
 from server.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from server.events import append_event
+from server.rollcall import Caller
 from server.rounds import run_rounds
 from simulation.engines import run_in_process
 from simulation.grid import InProcessGrid
@@ -260,14 +261,14 @@ def test_nodes_lost_after_the_roll_call_end_the_run_in_time(
     sites = [fake_site("a", CONFIG), fake_site("b", CONFIG)]
     federation = fake_federation(CONFIG, ["a", "b"])
     grid = InProcessGrid(make_client_app(lambda c: sites[c.node_config["partition-id"]]), 2)
-    ask = rounds.roll_call
+    call = Caller.call
 
-    def roll_call(*arguments):
-        found = ask(*arguments)
+    def one_goes(self, *arguments):
+        found = call(self, *arguments)
         grid._contexts.pop(1001)
         return found
 
-    monkeypatch.setattr(rounds, "roll_call", roll_call)
+    monkeypatch.setattr(Caller, "call", one_goes)
     with pytest.raises(FederationError, match="1 sites are online") as caught:
         run_rounds(grid, federation)
     assert caught.value.code == "SAM-F101"

@@ -24,7 +24,8 @@ from samaritan.codecs import encode
 from samaritan.config import config_sha256, load_config
 from samaritan.data.phantoms import write_phantoms
 from samaritan.errors import DataError, StorageError
-from samaritan.wire import Instruction, content, message_bytes
+from samaritan.messages import Answer, Instruction, Request
+from samaritan.wire import answer_content, message_bytes, request_content
 from simulation.grid import InProcessGrid
 from simulation.run import Watch, simulate
 from simulation.study import read_study
@@ -132,15 +133,17 @@ def test_bytes_are_those_of_the_serialised_messages(finished_run, small_config):
         config.federation.round_timeout_s, "f" * 64,
     )  # fmt: skip
 
-    def size(*parts, **metrics):
-        records = content(*parts, metrics=metrics or None)
+    def size(records):
         return message_bytes(Message(records, 1, "train"))
 
     names = ("num-examples", "train-loss", "steps", "seconds")
-    up = size(update, None, **dict(zip(names, (1, 0.5, 1, 0.1), strict=True)))
-    up += size(None, None, **{"num-cases": 1, "seconds": 0.1, "dice": 0.5})
+    told = Answer(update, dict(zip(names, (1, 0.5, 1, 0.1), strict=True)))
+    scored = Answer(None, {"num-cases": 1, "seconds": 0.1, "dice": 0.5})
+    up = size(answer_content(told)) + size(answer_content(scored))
     # A site is scored on the whole state, and trains from what it was scored on.
-    down = size(whole, order.record()) + size(None, order.record())
+    scoring = Request("evaluate", instruction=order, payload=whole)
+    down = size(request_content(scoring))
+    down += size(request_content(Request("train", instruction=order)))
     for entry in summary["rounds"]:
         for site in entry["sites"].values():
             assert (site["bytes_up"], site["bytes_down"]) == (up, down)

@@ -171,7 +171,7 @@ BAD_ANSWERS = {
     "coded error": (reply(error=Error(code=2, reason="x SAM-T102 y")), "failed: SAM-T102"),
     "error without text": (reply(error=Error(code=3)), "failed: error 3"),
     "no update": (reply(content(metrics=METRICS)), "refused: no update"),
-    "no metrics": (reply(content(payload(ones()))), "unreadable"),
+    "no metrics": (reply(content(payload(ones()))), "num-examples is missing"),
     "nothing": (reply(RecordDict()), "refused: no update"),
     "junk": (reply(junk()), "refused: no update"),
     "metrics in lists": (reply(listed_metrics()), "unreadable"),
@@ -255,7 +255,7 @@ def test_a_sites_former_update_in_a_new_envelope_is_refused():
         ({"dice": 0.5, "num-cases": -1}, "num-cases is -1"),
         ({"dice": 0.5, "num-cases": math.inf}, "num-cases is inf"),
         ({"dice": 0.5}, "num-cases is missing"),
-        (None, "unreadable"),
+        (None, "num-cases is missing"),
     ],
 )
 def test_a_bad_score_gets_a_status(metrics, status):

@@ -1,0 +1,121 @@
+"""A site as a server meets it: what it is asked is written down, and what it answers passes a gate.
+
+The same class stands in front of the agent in a simulation and in a hospital.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass, replace
+
+from client.agent import Metrics, SiteAgent
+from client.redaction import RedactedError, redact
+from samaritan.audit.gate import Gate, outlet
+from samaritan.errors import AuditError, FederationError
+from samaritan.keys import Identity
+from samaritan.messages import Answer, Instruction, Request, sealed
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital in one study.
+
+    Attributes:
+        agent: Does the work.
+        gate: The way out, with the log and the hospital's policy.
+        identity: Seals what leaves; None in a simulation.
+    """
+
+    agent: SiteAgent
+    gate: Gate
+    identity: Identity | None = None
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request, written to the log before it leaves.
+
+        Raises:
+            RedactedError: For any fault, with all of it that may leave; the log has it too.
+        """
+        try:
+            self._note(request)
+            answer = ask_agent(self.agent, request)
+            shapes = {name: tuple(value.shape) for name, value in self.agent.initial.items()}
+            allowed = outlet(self.agent.config, shapes, request, self.agent.site)
+            if self.identity is not None:
+                signature = self.identity.sign(sealed(request, self.agent.site, answer))
+                answer = replace(answer, seal=signature)
+            self.gate.let_out(answer, allowed, request)
+        except Exception as error:
+            fault = redact(error)
+            self._note_refusal(request, fault)
+            raise fault from None
+        return answer
+
+    def _note(self, request: Request) -> None:
+        payload = request.payload
+        received = {} if payload is None else {
+            "payload_sha256": hashlib.sha256(payload).hexdigest(),
+            "payload_bytes": len(payload),
+        }  # fmt: skip
+        self.gate.log.append(
+            "request",
+            kind=request.kind,
+            message=request.message_id,
+            plan=request.plan_sha256,
+            round=request.server_round,
+            state=request.instruction.state_sha256 if request.instruction else "",
+            **received,
+        )
+
+    def _note_refusal(self, request: Request, fault: RedactedError) -> None:
+        with contextlib.suppress(AuditError):  # where the log itself is at fault
+            self.gate.log.append(
+                "refused",
+                kind=request.kind,
+                message=request.message_id,
+                plan=request.plan_sha256,
+                round=request.server_round,
+                code=fault.code,
+                reference=fault.reference,
+            )
+
+
+def ask_agent(agent: SiteAgent, request: Request) -> Answer:
+    """What an agent answers.
+
+    Raises:
+        SamaritanError: As the agent; SAM-F207 for a question that lacks a part.
+    """
+    if request.kind == "hello":
+        return Answer(texts=agent.hello())
+    instruction = _required(request)
+    if request.kind == "evaluate":
+        return _told(None, agent.evaluate(request.payload, instruction))
+    step = request.step
+    if request.kind == "secure_sum":
+        if step is None:
+            raise _incomplete(request)
+        return Answer(step=replace(step, data=agent.secure_sum(step, instruction)))
+    update, told = agent.train(request.payload, instruction, *(() if step is None else (step,)))
+    return _told(update, told)
+
+
+def _told(update: bytes | None, told: Metrics) -> Answer:
+    texts = {name: value for name, value in told.items() if isinstance(value, str)}
+    numbers = {name: value for name, value in told.items() if not isinstance(value, str)}
+    return Answer(update, numbers, texts)
+
+
+def _required(request: Request) -> Instruction:
+    if request.instruction is None:
+        raise _incomplete(request)
+    return request.instruction
+
+
+def _incomplete(request: Request) -> FederationError:
+    return FederationError(
+        "SAM-F207",
+        f"a request of kind {request.kind} lacks a part",
+        "Give server and sites the same version of Samaritan.",
+    )

@@ -1,0 +1,1 @@
+"""What leaves a site: its policy, the gate that enforces it, and the log of what passed."""

@@ -1,0 +1,142 @@
+"""What a server and a site say to each other, whatever carries it.
+
+A request goes to a site, an answer comes back. `samaritan.wire` makes Flower messages of them, and
+`client.socket` frames for the way between courier and agent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from samaritan.lines import canonical
+
+Kind = Literal["hello", "train", "evaluate", "secure_sum"]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the server asks of a site in one message.
+
+    Attributes:
+        server_round: 1 to `rounds`.
+        rounds: Rounds of the whole run.
+        config_sha256: Of the configuration the server runs.
+        base_sha256: Of the base model the adapter belongs to.
+        timeout_s: How long local training may take.
+        state_sha256: Of the state to work on, which the site has after reading the payload.
+        reference_sha256: Of the state the payload is to be added to; empty where the payload is the
+            whole state, or where there is none because the site has the state already.
+        used_round: The last round in which an update of this site was used, 0 for none. The site
+            goes on from what it noted then: an update that was lost or refused has taken nothing.
+        ledger: Where the site's privacy ledger stood when the server last heard of it; empty where
+            it never did. A site whose ledger does not know this entry has lost what it spent.
+    """
+
+    server_round: int
+    rounds: int
+    config_sha256: str
+    base_sha256: str
+    timeout_s: float
+    state_sha256: str = ""
+    reference_sha256: str = ""
+    used_round: int = 0
+    ledger: str = ""
+
+
+@dataclass(frozen=True)
+class MaskingStep:
+    """One step of a secure sum (`samaritan.privacy.secure_sum`), in either direction.
+
+    Attributes:
+        stage: "keys", "shares", "masked", "agreement" or "opening".
+        attempt: 1 and up, in its round.
+        length: Numbers in an update.
+        data: What the other side made for this step.
+    """
+
+    stage: str
+    attempt: int
+    length: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question of the server.
+
+    Attributes:
+        kind: Of the question.
+        plan_sha256: The study it is about; empty in a simulation, where there is one only.
+        message_id: Flower's name for it.
+        bundle_sha256: Of the app bundle that came with it; empty in a simulation.
+        instruction: With every question but "hello".
+        payload: The state to work on, or what leads to it; None where the site has it.
+        step: Of a secure sum.
+    """
+
+    kind: Kind
+    plan_sha256: str = ""
+    message_id: str = ""
+    bundle_sha256: str = ""
+    instruction: Instruction | None = None
+    payload: bytes | None = None
+    step: MaskingStep | None = None
+
+    @property
+    def server_round(self) -> int:
+        """The round it is about; 0 for none."""
+        return self.instruction.server_round if self.instruction else 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a site answers: every byte of it is one of these.
+
+    Attributes:
+        payload: An update.
+        numbers: By name: losses, scores, counts.
+        texts: By name: hashes, versions, the site's name.
+        step: Of a secure sum.
+        seal: The site's signature over what `sealed` says; empty where nobody asks for one.
+    """
+
+    payload: bytes | None = None
+    numbers: Mapping[str, float | int] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    step: MaskingStep | None = None
+    seal: bytes = b""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all but the seal; server and site compute the same."""
+        step = self.step
+        return hashlib.sha256(
+            canonical(
+                {
+                    "payload": None if self.payload is None else _hash(self.payload),
+                    "numbers": {name: repr(value) for name, value in self.numbers.items()},
+                    "texts": dict(self.texts),
+                    "step": step and [step.stage, step.attempt, step.length, _hash(step.data)],
+                }
+            )
+        ).hexdigest()
+
+
+def sealed(request: Request, site: str, answer: Answer) -> bytes:
+    """What a site signs: which question of which study it answers, and with what."""
+    return b"samaritan answer\n" + canonical(
+        {
+            "plan": request.plan_sha256,
+            "message": request.message_id,
+            "kind": request.kind,
+            "site": site,
+            "answer": answer.sha256,
+        }
+    )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
