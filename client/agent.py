@@ -55,6 +55,7 @@ class SiteAgent:
         progress: Told of every training step: site, step, steps, loss.
         budget: What the site's patients may give away; None where no privacy is asked for.
         masking: Its part in secure sums; None where updates are sent as they are.
+        plan_sha256: Of the plan it works on; empty in a simulation.
     """
 
     site: str
@@ -69,10 +70,12 @@ class SiteAgent:
     progress: Callable[[str, int, int, float], None] | None = None
     budget: Budget | None = None
     masking: Masking | None = None
+    plan_sha256: str = ""
 
     def hello(self) -> dict[str, str]:
         """What the site tells a server before the first round."""
-        return {
+        plan = {"plan-sha256": self.plan_sha256} if self.plan_sha256 else {}
+        return plan | {
             "site": self.site,
             "samaritan": __version__,
             "config-sha256": config_sha256(self.config),

@@ -7,29 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from client.agent import Metrics, SiteAgent
+from client.outbox import Outbox
 from client.redaction import RedactedError, redact
 from samaritan.audit.gate import Gate, outlet
 from samaritan.errors import AuditError, FederationError
 from samaritan.keys import Identity
 from samaritan.messages import Answer, Instruction, Request, sealed
 
+FindAgent = Callable[[Request], SiteAgent]
+"""Who does the work of a request; raises SamaritanError where nobody may."""
+
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital in one study.
+    """One hospital.
 
     Attributes:
-        agent: Does the work.
+        name: Of the site.
+        find: Leads to the agent of the study that a request is about.
         gate: The way out, with the log and the hospital's policy.
         identity: Seals what leaves; None in a simulation.
+        outbox: Keeps answers that may have been lost on the way; None in a simulation.
     """
 
-    agent: SiteAgent
+    name: str
+    find: FindAgent
     gate: Gate
     identity: Identity | None = None
+    outbox: Outbox | None = None
 
     def answer(self, request: Request) -> Answer:
         """The answer to a request, written to the log before it leaves.
@@ -39,17 +48,28 @@ class Site:
         """
         try:
             self._note(request)
-            answer = ask_agent(self.agent, request)
-            shapes = {name: tuple(value.shape) for name, value in self.agent.initial.items()}
-            allowed = outlet(self.agent.config, shapes, request, self.agent.site)
+            agent = self.find(request)
+            answer = self._answer(agent, request)
+            shapes = {name: tuple(value.shape) for name, value in agent.initial.items()}
+            allowed = outlet(agent.config, shapes, request, self.name)
             if self.identity is not None:
-                signature = self.identity.sign(sealed(request, self.agent.site, answer))
-                answer = replace(answer, seal=signature)
+                answer = replace(
+                    answer, seal=self.identity.sign(sealed(request, self.name, answer))
+                )
             self.gate.let_out(answer, allowed, request)
         except Exception as error:
             fault = redact(error)
             self._note_refusal(request, fault)
             raise fault from None
+        return answer
+
+    def _answer(self, agent: SiteAgent, request: Request) -> Answer:
+        if self.outbox is None:
+            return ask_agent(agent, request)
+        answer = self.outbox.find(request)
+        if answer is None:
+            answer = ask_agent(agent, request)
+            self.outbox.keep(request, answer)
         return answer
 
     def _note(self, request: Request) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,9 @@ from samaritan.errors import ConfigError
 
 _BRANCH = re.compile(r"constrained-|tuple\[")
 """What pydantic adds to a key that may hold one of several types."""
+
+_LONGEST_VALUE = 100
+"""Characters of a wrong value that a message repeats."""
 
 Side = Annotated[int, Field(ge=16, le=2048)]
 
@@ -372,17 +375,27 @@ def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
-        for detail in error.errors():
-            key = ".".join(str(p) for p in detail["loc"] if not _BRANCH.match(str(p)))
-            found.setdefault(key, []).append(_fault(key, detail))
-        faults = [f"{key}: {' / '.join(texts)}".removeprefix(": ") for key, texts in found.items()]
-        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise ConfigError(
             "SAM-C103",
-            f"{source} has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults),
+            f"{source} has {describe_faults(error, Config)}",
             "Mend each key; every key and its default is in docs/configuration.md.",
         ) from error
+
+
+def describe_faults(error: ValidationError, model: type[Section]) -> str:
+    """The number of faults and, in a line for each key, what is wrong with it.
+
+    Args:
+        error: From reading a tree of plain values.
+        model: What it was read as; unknown keys are compared with its keys.
+    """
+    found: dict[str, list[str]] = {}
+    for detail in error.errors():
+        key = ".".join(str(p) for p in detail["loc"] if not _BRANCH.match(str(p)))
+        found.setdefault(key, []).append(_fault(key, detail, model))
+    faults = [f"{key}: {' / '.join(texts)}".removeprefix(": ") for key, texts in found.items()]
+    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    return f"{count}:\n" + "\n".join(f"  - {fault}" for fault in faults)
 
 
 def dump_config(config: Config) -> str:
@@ -410,12 +423,18 @@ def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key the configuration knows."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += config_keys(kind, f"{prefix}{name}.")
+        section = _section(field.annotation)
+        if section is not None:
+            keys += config_keys(section, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys
+
+
+def _section(kind: Any) -> type[Section] | None:
+    """The section that a key holds, be it one or a list of them."""
+    kinds = (kind, *get_args(kind))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -450,18 +469,23 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> bool:
     return True
 
 
-def _fault(key: str, detail: ErrorDetails) -> str:
+def _fault(key: str, detail: ErrorDetails, model: type[Section]) -> str:
     if detail["type"] == "extra_forbidden":
-        near = _nearest(key)
+        near = _nearest(key, model)
         return "unknown key" + (f"; did you mean {near}?" if near else "")
+    if detail["type"] == "missing":
+        return "is missing"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and not key:
         return message
-    return f"{message} (got {detail['input']!r})"
+    got = repr(detail["input"])
+    return f"{message} (got {got if len(got) <= _LONGEST_VALUE else got[:_LONGEST_VALUE] + '...'})"
 
 
-def _nearest(key: str) -> str | None:
-    keys = config_keys()
+def _nearest(key: str, model: type[Section]) -> str | None:
+    # Which entry of a list it is does not matter to what its keys are called.
+    key = ".".join(part for part in key.split(".") if not part.isdigit())
+    keys = config_keys(model)
     sections = {key.rpartition(".")[0] for key in keys if "." in key}
     known = keys + sorted(sections)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -113,28 +113,49 @@ class Answer:
     def sha256(self) -> str:
         """Hash of all but the seal; server and site compute the same."""
         step = self.step
-        return hashlib.sha256(
-            canonical(
-                {
-                    "payload": None if self.payload is None else _hash(self.payload),
-                    "numbers": {name: repr(value) for name, value in self.numbers.items()},
-                    "texts": dict(self.texts),
-                    "step": step and [step.stage, step.attempt, step.length, _hash(step.data)],
-                }
-            )
-        ).hexdigest()
+        return answer_hash(
+            None if self.payload is None else _hash(self.payload),
+            {name: repr(value) for name, value in self.numbers.items()},
+            self.texts,
+            None if step is None else (step.stage, step.attempt, step.length, _hash(step.data)),
+        )
+
+
+def answer_hash(
+    payload: str | None,
+    numbers: Mapping[str, str],
+    texts: Mapping[str, str],
+    step: tuple[str, int, int, str] | None,
+) -> str:
+    """Hash of an answer, of what a log holds of it.
+
+    Args:
+        payload: Hash of the update.
+        numbers: As Python writes them.
+        texts: As they are.
+        step: Of a secure sum: stage, attempt, length and the hash of its data.
+    """
+    parts = {"payload": payload, "numbers": dict(numbers), "texts": dict(texts), "step": step}
+    return _hash(canonical(parts))
 
 
 def sealed(request: Request, site: str, answer: Answer) -> bytes:
     """What a site signs: which question of which study it answers, and with what."""
+    return sealed_fields(request.plan_sha256, request.message_id, request.kind, site, answer.sha256)
+
+
+def sealed_fields(plan: str, message: str, kind: str, site: str, answer: str) -> bytes:
+    """As `sealed`, of what a log holds.
+
+    Args:
+        plan: Hash of the plan.
+        message: Flower's name of the question.
+        kind: Of the question.
+        site: Who answers.
+        answer: Hash of the answer.
+    """
     return b"samaritan answer\n" + canonical(
-        {
-            "plan": request.plan_sha256,
-            "message": request.message_id,
-            "kind": request.kind,
-            "site": site,
-            "answer": answer.sha256,
-        }
+        {"plan": plan, "message": message, "kind": kind, "site": site, "answer": answer}
     )
 
 

@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from samaritan.config import Config, config_sha256
-from samaritan.errors import StorageError
+from samaritan.data.label_maps import labelled_classes
+from samaritan.errors import ConfigError, StorageError
 from samaritan.models.adapter import AdapterState
+from samaritan.models.class_tensors import counts
 from samaritan.privacy.budget import Budget
+from samaritan.privacy.plan import privacy_plan
 from server.checkpoints import Checkpoint, latest_checkpoint
 from server.events import append_event
 from strategies.robust import minimum_sites
@@ -83,6 +86,64 @@ class Federation:
     def note(self, event: str, **fields: Any) -> None:
         """Writes an event."""
         append_event(self.events, event, **fields)
+
+
+def label_counts(config: Config, initial: AdapterState) -> dict[str, dict[str, Tensor]]:
+    """`Federation.counts` of a run whose structures are named."""
+    classes = config.data.classes or {}
+    shapes = {name: tuple(value.shape) for name, value in initial.items()}
+    return {
+        site: counts(shapes, len(classes), labelled_classes(config.data, site, classes))
+        for site in config.data.site_classes
+    }
+
+
+def shared_budget(config: Config, sites: Sequence[str], home: Path) -> Budget | None:
+    """What all sites together may give away; None where a site is not the unit of privacy.
+
+    Args:
+        config: Of the run.
+        sites: Those that train.
+        home: Keeps the ledger.
+    """
+    if config.privacy.unit != "site":
+        return None
+    return Budget(config, privacy_plan(config, ""), home, tuple(sites))
+
+
+def check_sites(config: Config, training: Sequence[str], observers: Sequence[str]) -> None:
+    """Refuses keys that name sites wrongly, and a round that can never have enough replies.
+
+    Raises:
+        ConfigError: SAM-C226 or SAM-C228.
+    """
+    sites, everyone = set(training), {*training, *observers}
+    weighting = config.federation.weighting
+    weighted = set(weighting) if isinstance(weighting, dict) else sites
+    faults = [
+        f"{key} names {', '.join(sorted(names))}"
+        for key, names in (
+            ("federation.weighting", weighted - sites),
+            ("peft.site_ranks", config.peft.site_ranks.keys() - everyone),
+        )
+        if names
+    ]
+    if sites - weighted:
+        faults.append(f"federation.weighting leaves out {', '.join(sorted(sites - weighted))}")
+    if faults:
+        raise ConfigError(
+            "SAM-C228", "; ".join(faults), f"The sites that train are: {', '.join(sorted(sites))}."
+        )
+    asked = min(len(sites), config.federation.sites_per_round or len(sites))
+    needed = quorum(config, len(sites))
+    if needed > asked:
+        raise ConfigError(
+            "SAM-C226",
+            f"a round of strategy {config.strategy} needs {needed} usable replies, "
+            f"but {asked} sites are asked",
+            "Lower federation.min_sites or federation.byzantine_sites, raise "
+            "federation.sites_per_round, or choose another strategy.",
+        )
 
 
 def resume_point(federation: Federation) -> Checkpoint:

@@ -34,7 +34,7 @@ def online(grid: Grid, keys: Mapping[str, bytes]) -> dict[int, str | None]:
     if not keys or not isinstance(grid, _TellsNodes):
         return dict.fromkeys(grid.get_node_ids())
     sites = {key: site for site, key in keys.items()}
-    found = {node.node_id: sites.get(_der(node.public_key)) for node in grid.get_nodes()}
+    found = {node.node_id: sites.get(der_of(node.public_key)) for node in grid.get_nodes()}
     return {node: site for node, site in found.items() if site is not None}
 
 
@@ -49,7 +49,8 @@ def key_of(node_key: str) -> bytes:
     )
 
 
-def _der(pem: bytes) -> bytes:
+def der_of(pem: bytes) -> bytes:
+    """A node's public key as bytes to compare, from what Flower has; empty for none."""
     try:
         key = load_pem_public_key(pem)
     except ValueError:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 from client.agent import SiteAgent
-from client.exchange import Exchange, KnownStates
-from client.masking import Masking
-from client.memory import Memory
+from client.assembly import Homes, assemble
+from client.exchange import KnownStates
 from client.site import Site
 from samaritan.audit.gate import Gate
 from samaritan.audit.log import Log
 from samaritan.audit.policy import SitePolicy
 from samaritan.data.slices import CaseCache
 from samaritan.keys import load_identity
+from samaritan.messages import Request
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
-from samaritan.privacy.budget import Budget
-from samaritan.privacy.plan import privacy_plan
-from samaritan.shares import noisy_sites, public_state
-from simulation.study import TRAIN, VALIDATION, Study
+from simulation.study import Study
 
 SITE_LOG = "log.jsonl"
 """What came in and went out, in the folder of each site."""
@@ -54,29 +52,21 @@ def build_agents(
     adapters = {rank: at_rank(initial, rank) for rank in set(ranks.values())}
     # A payload may be added to the state before the newest.
     known = KnownStates(2 * len(adapters))
-    keeps_all = config.selection.keep == "best" or config.selection.rollback_drop is not None
-    homes = {site: (ledger_dir or run_dir / "sites") / _folder(site) for site in study.sites}
     own = {site: run_dir / "sites" / _folder(site) for site in study.sites}
     identities = site_identities(study, own)
-
-    def masking(site: str) -> Masking | None:
-        # Of this run alone: what was opened in another says nothing of it.
-        return Masking(site, config, own[site], identities) if site in identities else None
-
     return [
-        SiteAgent(
+        assemble(
             site,
             config,
             model,
             adapters[rank],
-            Exchange(site, config, public_state(config, adapters[rank]), known),
-            Memory(own[site], keeps_all),
+            known,
             cache,
-            study.cases(TRAIN, site),
-            study.cases(VALIDATION, site),
+            study.sites[site],
+            # Sums are of this run alone: what was opened in another says nothing of it.
+            Homes(own[site], (ledger_dir or run_dir / "sites") / _folder(site), own[site]),
+            identities,
             progress,
-            _budget(study, site, homes[site]),
-            masking(site),
         )
         for site, rank in ranks.items()
     ]
@@ -86,7 +76,11 @@ def in_front_of(agents: Iterable[SiteAgent]) -> list[Site]:
     """The sites with these agents, each with its gate and a log in the run folder."""
     policy = SitePolicy(max_message_mb=_UNLIMITED_MB)
     return [
-        Site(agent, Gate(Log(agent.memory.folder / SITE_LOG, {"site": agent.site}), policy))
+        Site(
+            agent.site,
+            functools.partial(_always, agent),
+            Gate(Log(agent.memory.folder / SITE_LOG, {"site": agent.site}), policy),
+        )
         for agent in agents
     ]
 
@@ -103,19 +97,8 @@ def site_identities(study: Study, homes: Mapping[str, Path]) -> dict[str, bytes]
     }
 
 
-def site_unit_budget(study: Study, home: Path) -> Budget | None:
-    """What all sites together may give away; None where a site is not the unit of privacy."""
-    if study.config.privacy.unit != "site":
-        return None
-    plan = privacy_plan(study.config, "")
-    return Budget(study.config, plan, home / "server", study.training_sites)
-
-
-def _budget(study: Study, site: str, home: Path) -> Budget | None:
-    if not noisy_sites(study.config) or site in study.observers:
-        return None
-    patients = sorted({case.subject_id for case in study.cases(TRAIN, site)})
-    return Budget(study.config, privacy_plan(study.config, site), home, tuple(patients))
+def _always(agent: SiteAgent, request: Request) -> SiteAgent:
+    return agent
 
 
 def _folder(site: str) -> str:

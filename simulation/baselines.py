@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from samaritan.config import Config
-from samaritan.data.datasets import Case
+from samaritan.data.datasets import TRAIN, VALIDATION, Case
 from samaritan.data.slices import CaseCache
 from samaritan.models.adapter import AdaptedModel, AdapterState
 from samaritan.training.evaluate import CaseScores, evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, round_seed, train_locally
 from samaritan.training.metrics import mean
-from simulation.study import TRAIN, VALIDATION, Study
+from simulation.study import Study
 from simulation.unet import train_unet
 
 Note = Callable[[str], None]

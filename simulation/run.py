@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from samaritan.config import (
     Config,
@@ -19,6 +18,7 @@ from samaritan.config import (
     dump_config,
     load_config,
 )
+from samaritan.data.datasets import TRAIN, VALIDATION
 from samaritan.data.phantoms import write_phantoms
 from samaritan.errors import ConfigError, StorageError
 from samaritan.files import write_atomically
@@ -30,28 +30,26 @@ from samaritan.models.adapter import (
     save_adapter,
 )
 from samaritan.models.bases import get_base
-from samaritan.models.class_tensors import counts
 from samaritan.models.presets import get_preset
 from samaritan.privacy.rules import check_privacy
 from samaritan.report.html import write_report
 from samaritan.shares import get_sharing
 from server.events import append_event
-from server.federation import Federation, RoundCallback
-from simulation.agents import build_agents, in_front_of, site_unit_budget
+from server.federation import (
+    Federation,
+    RoundCallback,
+    check_sites,
+    label_counts,
+    shared_budget,
+)
+from simulation.agents import build_agents, in_front_of
 from simulation.baselines import run_baselines
 from simulation.engines import require_ray, run_in_process, run_on_ray
 from simulation.outcome import cost_of, steps_of, summarise, write_json
 from simulation.personal import own_adapters, personal_results
 from simulation.privacy import SERVER, privacy_results
 from simulation.scoring import score_run
-from simulation.study import (
-    TRAIN,
-    VALIDATION,
-    Study,
-    check_sites,
-    check_study,
-    read_study,
-)
+from simulation.study import Study, check_study, read_study
 from strategies.optimisers import check_optimiser
 
 _PHANTOMS, _PHANTOMS_PARTIAL = "data", "data.partial"
@@ -129,6 +127,9 @@ def _simulate(
         cache.unlabelled(study.cases(TRAIN))  # what the pooled model will ask, before the run
     agents = build_agents(study, model, initial, cache, run_dir, ledger_dir, watch.step)
     _open_run_dir(config, run_dir)
+    named = config.model_copy(
+        update={"data": config.data.model_copy(update={"classes": study.classes})}
+    )
     federation = Federation(
         config,
         model.base.sha256,
@@ -136,10 +137,10 @@ def _simulate(
         study.training_sites,
         run_dir,
         study.observers,
-        _counts(study, initial),
+        label_counts(named, initial),
         on_round=watch.round_done,
         identities=next((a.masking.identities for a in agents if a.masking is not None), {}),
-        budget=site_unit_budget(study, ledger_dir or run_dir),
+        budget=shared_budget(config, study.training_sites, (ledger_dir or run_dir) / "server"),
     )
     budgets = {agent.site: agent.budget for agent in agents if agent.budget is not None}
     if federation.budget is not None:
@@ -214,15 +215,6 @@ def check_run(
     _check_run_dir(config, run_dir, resume)
 
 
-def _counts(study: Study, initial: AdapterState) -> dict[str, dict[str, Tensor]]:
-    """Which tensors of an update count, of sites that label some structures only."""
-    shapes = {name: tuple(value.shape) for name, value in initial.items()}
-    return {
-        site: counts(shapes, len(study.classes), study.labelled(site))
-        for site in study.config.data.site_classes
-    }
-
-
 @contextlib.contextmanager
 def _alone_in(run_dir: Path) -> Iterator[None]:
     """The run folder, for this process only; empty again when the run is refused at once."""
@@ -279,7 +271,7 @@ def _prepare_study(
 ) -> tuple[Study, Path]:
     data_dir = data_dir or _make_phantoms(config, run_dir, watch)
     study = read_study(config, data_dir)
-    check_sites(study)
+    check_sites(config, study.training_sites, study.observers)
     check_study(study, data_dir, watch.case_checked)
     return study, data_dir
 

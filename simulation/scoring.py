@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from samaritan.data.datasets import VALIDATION
 from samaritan.data.slices import CaseCache, PreparedCase
 from samaritan.data.transforms import normalise_intensity
 from samaritan.data.volume import read_image
@@ -17,7 +18,7 @@ from samaritan.report.overlay import draw_overlay
 from samaritan.report.summary import case_entries
 from samaritan.training.evaluate import CaseScores, evaluate_cases, true_indices
 from simulation.outcome import write_json
-from simulation.study import VALIDATION, Study
+from simulation.study import Study
 
 
 def score_run(

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from samaritan.config import Config
-from samaritan.data.checks import check_dataset
+from samaritan.data.checks import require_usable
 from samaritan.data.datasets import (
+    TRAIN,
+    VALIDATION,
     Case,
     Dataset,
     assign_splits,
@@ -26,9 +28,6 @@ from samaritan.data.label_maps import check_label_maps, labelled_classes
 from samaritan.data.slices import CaseCache
 from samaritan.errors import ConfigError, DataError
 from samaritan.models.adapter import image_size
-from server.federation import quorum
-
-TRAIN, VALIDATION = "train", "val"
 
 
 @dataclass(frozen=True)
@@ -123,41 +122,6 @@ def read_study(config: Config, data_dir: Path) -> Study:
     return study
 
 
-def check_sites(study: Study) -> None:
-    """Refuses keys that name sites wrongly, and a round that can never have enough replies.
-
-    Raises:
-        ConfigError: SAM-C226 or SAM-C228.
-    """
-    config, sites = study.config, set(study.training_sites)
-    weighting = config.federation.weighting
-    weighted = set(weighting) if isinstance(weighting, dict) else sites
-    faults = [
-        f"{key} names {', '.join(sorted(names))}"
-        for key, names in (
-            ("federation.weighting", weighted - sites),
-            ("peft.site_ranks", config.peft.site_ranks.keys() - study.sites.keys()),
-        )
-        if names
-    ]
-    if sites - weighted:
-        faults.append(f"federation.weighting leaves out {', '.join(sorted(sites - weighted))}")
-    if faults:
-        raise ConfigError(
-            "SAM-C228", "; ".join(faults), f"The sites that train are: {', '.join(sorted(sites))}."
-        )
-    asked = min(len(sites), config.federation.sites_per_round or len(sites))
-    needed = quorum(config, len(sites))
-    if needed > asked:
-        raise ConfigError(
-            "SAM-C226",
-            f"a round of strategy {config.strategy} needs {needed} usable replies, "
-            f"but {asked} sites are asked",
-            "Lower federation.min_sites or federation.byzantine_sites, raise "
-            "federation.sites_per_round, or choose another strategy.",
-        )
-
-
 def check_study(
     study: Study, data_dir: Path, progress: Callable[[int, int, str], None] | None = None
 ) -> None:
@@ -168,16 +132,7 @@ def check_study(
     """
     cases = tuple(case for cases in study.sites.values() for case in cases)
     dataset = Dataset(data_dir, cases, study.classes)
-    findings = check_dataset(dataset, progress, study.config.data.site_classes)
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        first = errors[0]
-        more = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
-        raise DataError(
-            first.code,
-            first.message + more,
-            f"{first.hint} `samaritan data check` lists every fault of the files.",
-        )
+    require_usable(dataset, progress, study.config.data.site_classes)
 
 
 def _hold_out(dataset: Dataset, held_out: Sequence[str]) -> Dataset:

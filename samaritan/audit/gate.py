@@ -8,24 +8,31 @@ writes down what they hold before it lets them go.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samaritan.audit.log import Log
 from samaritan.audit.policy import SitePolicy, allows_tensor
 from samaritan.codecs import WireError, decode
 from samaritan.config import CodecConfig, Config
-from samaritan.errors import AuditError
-from samaritan.messages import Answer, Request
+from samaritan.errors import AuditError, PrivacyError
+from samaritan.messages import Answer, MaskingStep, Request
+from samaritan.privacy.secure_sum.messages import Agreement, Keys, Message, Opening, Shares
 from samaritan.shares import CONTROL, noisy_sites, shares, tells_scores
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9][0-9a-z.+]{0,31}")
+_LARGEST_WHOLE = 1 << 63
+"""Messages hold no larger ones."""
 _STEP_BYTES = 1 << 20
 """More than any step of a secure sum with thirty sites takes."""
+_STEPS: dict[str, type[Message]] = {
+    "keys": Keys, "shares": Shares, "agreement": Agreement, "opening": Opening,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Outlet:
         header: What an update must say of itself, and nothing else.
         codec: How an update is written.
         masked_length: Numbers of an update under masks, None where it is sent as it is.
-        stage: Step of a secure sum, None where it is none.
+        step: The step of a secure sum that was asked for, None where none was.
+        site: Who answers.
     """
 
     numbers: frozenset[str] = frozenset()
@@ -48,7 +56,8 @@ class Outlet:
     header: Mapping[str, str] | None = None
     codec: CodecConfig = field(default_factory=CodecConfig)
     masked_length: int | None = None
-    stage: str | None = None
+    step: MaskingStep | None = None
+    site: str = ""
 
 
 def outlet(
@@ -67,7 +76,7 @@ def outlet(
         own = {"site": re.compile(re.escape(site)), "samaritan": _VERSION}
         return Outlet(texts=own | dict.fromkeys(hashes, _HEX))
     if request.kind == "secure_sum":
-        return Outlet(stage=request.step.stage if request.step else None)
+        return Outlet(step=request.step, site=site)
     if request.kind == "evaluate":
         told = ("dice", "num-cases", "seconds") if tells_scores(config) else ()
         return Outlet(numbers=frozenset(told))
@@ -142,16 +151,14 @@ def _manifest(answer: Answer, allowed: Outlet, policy: SitePolicy) -> dict[str, 
             raise _barred(f"the number {name}")
         if policy.metrics is not None and name not in policy.metrics:
             raise _barred(f"the number {name}, which policy.metrics has not")
-        if not math.isfinite(value):
-            raise _barred(f"a number {name} that is not finite")
+        if not _is_plain(value):
+            raise _barred(f"a number {name} that is not finite, or of another type")
     for name, text in answer.texts.items():
-        if name not in allowed.texts or not allowed.texts[name].fullmatch(text):
+        wanted = allowed.texts.get(name)
+        if wanted is None or not isinstance(text, str) or not wanted.fullmatch(text):
             raise _barred(f"the text {name}")
     step = answer.step
-    if (step and step.stage) != allowed.stage:
-        raise _barred("a step of a secure sum that was not asked for")
-    if step is not None and len(step.data) > _STEP_BYTES:
-        raise _barred(f"{len(step.data)} bytes in a step of a secure sum")
+    _require_step(step, allowed)
     size = len(answer.payload or b"") + len(step.data if step else b"")
     if size > policy.max_message_mb * 1e6:
         raise AuditError(
@@ -165,10 +172,41 @@ def _manifest(answer: Answer, allowed: Outlet, policy: SitePolicy) -> dict[str, 
         "bytes": size,
     }
     if step is not None:
-        told["step"] = {"stage": step.stage, "attempt": step.attempt, "bytes": len(step.data)}
+        told["step"] = {
+            "stage": step.stage,
+            "attempt": step.attempt,
+            "length": step.length,
+            "bytes": len(step.data),
+            "sha256": hashlib.sha256(step.data).hexdigest(),
+        }
     if answer.payload is not None:
         told |= _payload(answer.payload, allowed, policy)
     return told
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is a number, finite, that server and site write alike."""
+    if type(value) is int:
+        return abs(value) < _LARGEST_WHOLE
+    return type(value) is float and math.isfinite(value)
+
+
+def _require_step(step: MaskingStep | None, allowed: Outlet) -> None:
+    """Refuses any step but the one asked for, in the one form that it has."""
+    asked = allowed.step
+    if step is None and asked is None:
+        return
+    if step is None or asked is None or replace(step, data=b"") != replace(asked, data=b""):
+        raise _barred("a step of a secure sum that was not asked for")
+    if len(step.data) > _STEP_BYTES:
+        raise _barred(f"{len(step.data)} bytes in a step of a secure sum")
+    form = _STEPS.get(step.stage)
+    try:
+        made = None if form is None else form.unpack(step.data)
+    except PrivacyError:
+        made = None
+    if made is None or (isinstance(made, Keys) and made.site != allowed.site):
+        raise _barred("a step of a secure sum that is not written as one")
 
 
 def _payload(payload: bytes, allowed: Outlet, policy: SitePolicy) -> dict[str, Any]:
@@ -186,15 +224,28 @@ def _payload(payload: bytes, allowed: Outlet, policy: SitePolicy) -> dict[str, A
         _, header = decode(payload, allowed.tensors, allowed.codec)
     except WireError as error:
         raise _barred(f"an update that is not what the plan names: {error}") from error
-    if header != allowed.header:
-        raise _barred("an update with another header than round and state")
     codec = allowed.codec
+    if header != allowed.header or not _says_no_more(payload, codec):
+        raise _barred("an update with another header than round and state")
     plain = codec.low_rank is None and codec.top_k is None
     width = {"fp32": 4, "fp16": 2, "bf16": 2}.get(codec.numbers) if plain else None
     return told | {
         "codec": codec.model_dump(mode="json") | {"top_k": codec.top_k and repr(codec.top_k)},
         "tensors": _listed(allowed.tensors, codec.numbers, width),
     }
+
+
+def _says_no_more(payload: bytes, codec: CodecConfig) -> bool:
+    """Whether the head of a readable update has its one form: blanks and unknown keys are words."""
+    end = 8 + int.from_bytes(payload[:8], "little")
+    tree: dict[str, Any] = json.loads(payload[8:end])
+    said = tree.pop("__metadata__")
+    plain: dict[str, Any] = {"__metadata__": dict(sorted(said.items()))}
+    for name, part in sorted(tree.items(), key=lambda item: item[1]["data_offsets"]):
+        plain[name] = {key: part[key] for key in ("dtype", "shape", "data_offsets")}
+    text = json.dumps(plain, separators=(",", ":")).encode()
+    own = said["samaritan-codec"] == codec.model_dump_json()
+    return own and payload[8:end] == text + b" " * (-len(text) % 8)
 
 
 def _listed(

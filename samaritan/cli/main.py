@@ -10,15 +10,20 @@ import typer
 from samaritan import __version__
 from samaritan.cli import (
     audit,
+    authority,
     compare,
     data,
     doctor,
     evaluate,
     ledger,
     models,
+    plan,
     predict,
     privacy,
+    provision,
+    server,
     simulate,
+    site,
 )
 from samaritan.cli.console import fail, say
 from samaritan.errors import SamaritanError
@@ -37,10 +42,16 @@ app.command()(compare.compare)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(doctor.doctor)
+app.command()(provision.provision)
+app.command()(server.run)
 app.add_typer(data.app, name="data", help="Check and describe data folders.")
 app.add_typer(models.app, name="models", help="Base models and what is trained on them.")
 app.add_typer(privacy.app, name="privacy", help="Plan a privacy budget, look after its ledger.")
 privacy.app.add_typer(ledger.app, name="ledger", help="Check and mend the ledger of a site.")
+app.add_typer(authority.app, name="authority", help="Certificates: list, sign, renew, revoke.")
+app.add_typer(plan.app, name="plan", help="Make, sign and read the plan of a study.")
+app.add_typer(server.app, name="server", help="Run the server of a federation.")
+app.add_typer(site.app, name="site", help="Run a hospital: keys, approvals, processes.")
 app.add_typer(audit.app, name="audit", help="Test what Samaritan claims.")
 
 

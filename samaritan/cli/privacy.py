@@ -19,9 +19,6 @@ app = typer.Typer(no_args_is_help=True)
 _PARAMETERS = 150_000
 """About what SAM ViT-B trains with LoRA of a small rank, where nothing says it."""
 
-_CLASSES = 3
-"""Structures, where the configuration leaves them to the labels; they hardly change the count."""
-
 
 @app.command()
 def plan(
@@ -138,28 +135,14 @@ def _asked(given: Config, rounds: int | None, **options: Any) -> Config:
 
 def _trained_parameters(config: Config) -> int:
     """Numbers that get noise; no checkpoint is read, and no memory is needed."""
-    import torch
+    import math
 
-    from samaritan.models.adapt import adapt
-    from samaritan.models.adapter import image_size
-    from samaritan.models.bases import FAMILIES, get_base
-    from samaritan.models.presets import get_preset
+    from samaritan.models.count import trained_shapes
     from samaritan.shares import shares
 
-    spec, preset = get_base(config.model.base), get_preset(config.peft.preset)
-    context = config.data.context_slices
-    channels = context if context > 1 and not preset.volumetric else 3
-    with torch.device("meta"):
-        model = FAMILIES[spec.family].construct(
-            spec.shape, len(config.data.classes or range(_CLASSES)), spec.channels or channels,
-            config.model.decoder,
-        )  # fmt: skip
-        _, trained = adapt(
-            model, spec, config.peft, input_size=image_size(config),
-            depth=context if preset.volumetric else 1, seed=0,
-        )  # fmt: skip
+    trained = trained_shapes(config)
     noisy = shares(config, trained, 1).trained  # ffa keeps one factor of each LoRA
-    return sum(trained[name].numel() for name in noisy)
+    return sum(math.prod(trained[name]) for name in noisy)
 
 
 def _row(found: Outlook) -> dict[str, float]:

@@ -56,7 +56,7 @@ def simulate(
             step=lambda site, n, of, loss: progress.update(
                 f"{site}: step {n} of {of}, loss {loss:.3f}"
             ),
-            round_done=lambda entry: progress.line(_round_line(entry, settings.rounds)),
+            round_done=lambda entry: progress.line(round_line(entry, settings.rounds)),
         )
         summary = run(
             settings,
@@ -90,7 +90,8 @@ def run_folder(out: Path | None, name: str, resume: bool) -> Path:
     return out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _round_line(entry: dict[str, Any], rounds: int) -> str:
+def round_line(entry: dict[str, Any], rounds: int) -> str:
+    """A finished round in one line, and what went wrong in it."""
     from samaritan.report.aggregation import long_update_sentences
     from samaritan.report.facts import oracle_mark
 

@@ -105,6 +105,36 @@ def check_dataset(
     return sorted(findings, key=lambda finding: finding.severity)
 
 
+def require_usable(
+    dataset: Dataset,
+    progress: Progress | None = None,
+    site_classes: Mapping[str, dict[str, int]] | None = None,
+) -> None:
+    """Reads every case once and refuses the data set if any cannot be used.
+
+    Args:
+        dataset: As for `check_dataset`.
+        progress: As for `check_dataset`.
+        site_classes: As for `check_dataset`.
+
+    Raises:
+        DataError: With the first fault and the number of others.
+    """
+    errors = [
+        finding
+        for finding in check_dataset(dataset, progress, site_classes)
+        if finding.severity == "error"
+    ]
+    if errors:
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more faults)" if len(errors) > 1 else ""
+        raise DataError(
+            first.code,
+            first.message + more,
+            f"{first.hint} `samaritan data check` lists every fault of the files.",
+        )
+
+
 def describe_dataset(dataset: Dataset, progress: Progress | None = None) -> dict[str, Any]:
     """Summarise a dataset per site; every image is read.
 

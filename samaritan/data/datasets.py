@@ -26,6 +26,8 @@ from samaritan.errors import DataError
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("case_id", "image", "label")
 DEFAULT_SITE = "site"
+TRAIN, VALIDATION = "train", "val"
+"""Names of the splits that a run works on."""
 
 _DATASET_JSON = "dataset.json"
 _NIFTI_ENDINGS = (".nii.gz", ".nii")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from samaritan.config import PeftConfig
+from samaritan.config import Config, PeftConfig
 from samaritan.models.adapt import adapt
+from samaritan.models.adapter import image_size
 from samaritan.models.bases import FAMILIES, get_base, parameters, require_multiple
 from samaritan.models.presets import get_preset
 
@@ -57,3 +58,29 @@ def count_trained(
             depth=depth if get_preset(preset).volumetric else 1, seed=0,
         )  # fmt: skip
     return Count(total, sum(p.numel() for p in trained.values()), side)
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a configuration's adapter with its shape.
+
+    Args:
+        config: With `data.classes`; where they are left to the labels, three are assumed, which
+            hardly changes a count.
+
+    Raises:
+        ConfigError: For an unknown name.
+        ModelError: When the rank exceeds a layer's width.
+    """
+    spec, preset = get_base(config.model.base), get_preset(config.peft.preset)
+    context = config.data.context_slices
+    channels = context if context > 1 and not preset.volumetric else 3
+    with torch.device("meta"):
+        model = FAMILIES[spec.family].construct(
+            spec.shape, len(config.data.classes or range(3)), spec.channels or channels,
+            config.model.decoder,
+        )  # fmt: skip
+        _, trained = adapt(
+            model, spec, config.peft, input_size=image_size(config),
+            depth=context if preset.volumetric else 1, seed=0,
+        )  # fmt: skip
+    return {name: tuple(parameter.shape) for name, parameter in trained.items()}

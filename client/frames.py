@@ -1,0 +1,148 @@
+"""Requests and answers as bytes, for the way between courier and agent and for the outbox.
+
+A frame is a JSON header with its length before it, and behind it the payload and the data of a step
+as they are. Nothing is pickled, and a reader knows how much comes before it reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from client.redaction import RedactedError
+from samaritan.errors import DeploymentError
+from samaritan.messages import Answer, Instruction, MaskingStep, Request
+
+_MAGIC = b"SAM\x01"
+_HEADER_BYTES = 1 << 20
+_BODY_BYTES = 1 << 32
+
+
+class Readable(Protocol):
+    """A stream, or bytes like one."""
+
+    def read(self, size: int, /) -> bytes:
+        """So many bytes, or fewer where it ends."""
+
+
+def pack_request(request: Request) -> bytes:
+    """A request as a frame."""
+    step = request.step
+    header = {
+        "kind": request.kind,
+        "plan": request.plan_sha256,
+        "message": request.message_id,
+        "bundle": request.bundle_sha256,
+        "instruction": request.instruction and asdict(request.instruction),
+        "step": step and [step.stage, step.attempt, step.length],
+    }
+    return _frame(header, request.payload, step.data if step else None)
+
+
+def read_request(stream: Readable) -> Request:
+    """A request from a stream.
+
+    Raises:
+        DeploymentError: SAM-N201 when it is none; EOFError when the stream has ended.
+    """
+    header, payload, data = _read(stream)
+    try:
+        given = header["instruction"]
+        return Request(
+            header["kind"],
+            header["plan"],
+            header["message"],
+            header["bundle"],
+            None if given is None else Instruction(**given),
+            payload,
+            _step(header["step"], data),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _bad_frame(error) from error
+
+
+def pack_answer(answer: Answer) -> bytes:
+    """An answer as a frame."""
+    step = answer.step
+    header = {
+        "numbers": dict(answer.numbers),
+        "texts": dict(answer.texts),
+        "step": step and [step.stage, step.attempt, step.length],
+        "seal": answer.seal.hex(),
+    }
+    return _frame(header, answer.payload, step.data if step else None)
+
+
+def pack_fault(fault: RedactedError) -> bytes:
+    """A fault as a frame: its code and its reference."""
+    return _frame({"code": fault.code, "reference": fault.reference}, None, None)
+
+
+def read_answer(stream: Readable) -> Answer:
+    """An answer from a stream.
+
+    Raises:
+        RedactedError: When it is a fault.
+        DeploymentError: SAM-N201 when it is neither; EOFError when the stream has ended.
+    """
+    header, payload, data = _read(stream)
+    try:
+        if "code" in header:
+            raise RedactedError(str(header["code"]), str(header["reference"]))
+        return Answer(
+            payload,
+            header["numbers"],
+            header["texts"],
+            _step(header["step"], data),
+            bytes.fromhex(header["seal"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _bad_frame(error) from error
+
+
+def _frame(header: dict[str, Any], payload: bytes | None, data: bytes | None) -> bytes:
+    lengths = [None if part is None else len(part) for part in (payload, data)]
+    text = json.dumps({**header, "lengths": lengths}, allow_nan=False).encode()
+    return b"".join([_MAGIC, len(text).to_bytes(4, "little"), text, payload or b"", data or b""])
+
+
+def _read(stream: Readable) -> tuple[dict[str, Any], bytes | None, bytes | None]:
+    start = _exactly(stream, 8)
+    length = int.from_bytes(start[4:], "little")
+    if start[:4] != _MAGIC or length > _HEADER_BYTES:
+        raise _bad_frame(ValueError("another beginning"))
+    try:
+        header = json.loads(_exactly(stream, length))
+        payload, data = header["lengths"]
+        total = sum(part or 0 for part in (payload, data))
+        if not 0 <= total <= _BODY_BYTES or min(payload or 0, data or 0) < 0:
+            raise ValueError("a body of another length")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _bad_frame(error) from error
+    parts = [None if size is None else _exactly(stream, size) for size in (payload, data)]
+    return header, parts[0], parts[1]
+
+
+def _exactly(stream: Readable, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError(f"{len(data)} of {size} bytes came")
+    return data
+
+
+def _step(given: list[Any] | None, data: bytes | None) -> MaskingStep | None:
+    if given is None:
+        return None
+    stage, attempt, length = given
+    if data is None:
+        raise ValueError("a step without data")
+    return MaskingStep(stage, attempt, length, data)
+
+
+def _bad_frame(error: Exception) -> DeploymentError:
+    return DeploymentError(
+        "SAM-N201",
+        f"what came over the local socket is no message of this version ({type(error).__name__})",
+        "Give courier and agent the same version of Samaritan, and restart both.",
+    )

@@ -1,0 +1,71 @@
+"""The three processes of a site: the agent, Flower's node, and the starter of couriers."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from client.home import CERTIFICATE_VARIABLE, KEY_VARIABLE, SOCKET, SOCKET_VARIABLE
+from client.settings import SiteSettings
+from samaritan.errors import TrustError
+from samaritan.files import write_atomically
+from samaritan.operate.flower import flower_environment, flower_program
+from samaritan.operate.places import RUN
+from samaritan.operate.processes import Program
+from samaritan.provision.kit import Kit
+
+
+def site_programs(kit: Kit, settings: SiteSettings) -> list[Program]:
+    """What runs at a site; secrets that only these processes share are drawn anew.
+
+    Raises:
+        TrustError: SAM-K311 when the site has no certificate yet.
+    """
+    if not kit.path("site.crt").is_file():
+        raise TrustError(
+            "SAM-K311",
+            f"{kit.folder} holds no site.crt",
+            "Send request.json to the coordinator (`samaritan site request KIT` makes it) and put "
+            "the certificate that comes back into the kit with `samaritan site accept`.",
+        )
+    run = kit.path(RUN)
+    run.mkdir(0o755, exist_ok=True)
+    secret = run / "courier.secret"
+    write_atomically(secret, base64.b64encode(secrets.token_bytes(48)), private=True)
+    _write_courier(run / "bin" / "flwr-clientapp")
+    runtime = f"127.0.0.1:{settings.node_port}"
+    home = flower_environment(run / "flower")
+    certified = {
+        CERTIFICATE_VARIABLE: str(kit.path("site.crt")),
+        KEY_VARIABLE: str(kit.path("site.key")),
+    }
+    carried = {
+        SOCKET_VARIABLE: str(kit.path(*SOCKET)),
+        "PATH": f"{run / 'bin'}:{Path(sys.executable).parent}:{os.defpath}",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    }
+    node = (
+        sys.executable, "-m", "client.node", "--superlink", f"{kit.card.host}:{kit.card.port}",
+        "--root-certificates", str(kit.path("ca.crt")),
+        "--auth-supernode-private-key", str(kit.path("node.key")),
+        "--isolation", "process", "--superexec-auth-secret-file", str(secret),
+        "--host", "127.0.0.1", "--port", str(settings.node_port),
+    )  # fmt: skip
+    courier = (
+        *flower_program("flower-superexec"), "--insecure", "--runtime-api-address", runtime,
+        "--superexec-auth-secret-file", str(secret),
+    )  # fmt: skip
+    return [
+        Program("agent", (sys.executable, "-m", "client.service", str(kit.folder)), before=10),
+        Program("node", node, home | certified, before=20),
+        Program("courier", courier, home | carried, before=30),
+    ]
+
+
+def _write_courier(path: Path) -> None:
+    """Flower finds this before its own program of the name."""
+    write_atomically(path, f'#!/bin/sh\nexec "{sys.executable}" -m client.courier "$@"\n'.encode())
+    path.chmod(0o755)

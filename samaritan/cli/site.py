@@ -1,0 +1,141 @@
+"""`samaritan site`: keys, approvals, start, status and stop at a hospital."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from samaritan.cli.console import print_json
+from samaritan.cli.kits import KitFolder, KitOption, kit_folder, states_table
+
+app = typer.Typer(no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def request(kit: KitFolder = None) -> None:
+    """Make this site's keys and a request for its certificate."""
+    from samaritan.provision.kit import load_kit
+    from samaritan.provision.requests import make_request
+
+    path = make_request(load_kit(kit_folder(kit), "site"))
+    typer.echo(f"send this file to the coordinator; it holds no secret: {path}")
+
+
+@app.command()
+def accept(
+    certificate: Annotated[Path, typer.Argument(help="The certificate that came back.")],
+    kit: KitOption = None,
+) -> None:
+    """Put the certificate into the kit, if it belongs to the keys made here."""
+    from samaritan.provision.kit import load_kit
+    from samaritan.provision.requests import accept_certificate
+
+    accept_certificate(load_kit(kit_folder(kit), "site"), certificate)
+    typer.echo("the certificate is in place")
+
+
+@app.command()
+def key(file: Annotated[Path, typer.Argument(help="Where to make it.")]) -> None:
+    """Make the key of one role, for policy.approvers in site.yaml."""
+    from samaritan.errors import TrustError
+    from samaritan.keys import load_identity
+
+    if file.exists():
+        raise TrustError("SAM-K314", f"{file} exists", "Name a new file; keys are not replaced.")
+    typer.echo(f"public key for site.yaml: {load_identity(file).public.hex()}")
+
+
+@app.command()
+def approve(
+    plan: Annotated[Path, typer.Argument(help="Signed plan, from the coordinator.")],
+    kit: KitOption = None,
+    role: Annotated[
+        str | None, typer.Option(help="Your role, where the policy names roles.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The key of that role.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Approve a plan: from then on this site does what it says, and nothing else."""
+    from client.approvals import SITE_ROLE, Approvals, require_member, roles_of
+    from client.home import site_identity, site_log
+    from client.settings import load_settings
+    from samaritan.audit.policy import require_agreement
+    from samaritan.keys import load_identity
+    from samaritan.models.count import trained_shapes
+    from samaritan.plan import read_plan, require_current
+    from samaritan.provision.kit import load_kit
+
+    found = load_kit(kit_folder(kit), "site")
+    settings = load_settings(found.path("site.yaml"))
+    identity = site_identity(found)
+    signed = read_plan(plan, bytes.fromhex(found.card.plan_signer))
+    require_current(signed.plan)
+    require_member(signed.plan, found, identity, found.path("node.pub").read_text("utf-8"))
+    shapes = trained_shapes(signed.plan.config)
+    require_agreement(settings.policy, signed.plan, tuple(shapes))
+    approvals = Approvals(found, roles_of(settings.policy, identity))
+    own = identity if key is None else load_identity(key)
+    approvals.approve(signed, role or SITE_ROLE, own)
+    sha256 = signed.plan.sha256
+    site_log(found, identity).append(
+        "plan_approved", plan=sha256, study=signed.plan.study, role=role or SITE_ROLE,
+        key=own.public.hex(), ethics=list(signed.plan.ethics),
+    )  # fmt: skip
+    missing = approvals.missing(sha256)
+    if as_json:
+        print_json({"plan": sha256, "study": signed.plan.study, "missing": missing})
+    elif missing:
+        typer.echo(f"approved; still missing: {', '.join(missing)}")
+    else:
+        typer.echo(f"study {signed.plan.study} ({sha256[:16]}) is approved at this site")
+
+
+@app.command()
+def start(kit: KitFolder = None) -> None:
+    """Run the agent, the node and the courier until told to stop."""
+    from client.processes import site_programs
+    from client.settings import load_settings
+    from samaritan.operate.processes import run
+    from samaritan.provision.kit import load_kit
+
+    found = load_kit(kit_folder(kit), "site")
+    run(found.folder, site_programs(found, load_settings(found.path("site.yaml"))))
+
+
+@app.command()
+def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
+    """Show this site's processes and studies; exit status 1 if a process is not up."""
+    from client.approvals import Approvals, roles_of
+    from client.home import site_identity
+    from client.settings import load_settings
+    from samaritan.operate.processes import states
+    from samaritan.provision.kit import load_kit
+
+    found = load_kit(kit_folder(kit), "site")
+    processes = states(found.folder)
+    policy = load_settings(found.path("site.yaml")).policy
+    approvals = Approvals(found, roles_of(policy, site_identity(found)))
+    plans = {sha256: approvals.missing(sha256) for sha256 in approvals.known()}
+    if as_json:
+        print_json({"site": found.card.name, "processes": processes, "plans": plans})
+    else:
+        typer.echo(states_table(processes))
+        for sha256, missing in plans.items():
+            lacks = f"lacks the approval of {', '.join(missing)}" if missing else "approved"
+            typer.echo(f"plan {sha256[:16]}: {lacks}")
+    if not processes or any(told["state"] != "running" for told in processes.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop(kit: KitFolder = None) -> None:
+    """Stop this site's processes and wait until they are gone."""
+    from samaritan.operate.processes import stop as end
+    from samaritan.provision.kit import load_kit
+
+    end(load_kit(kit_folder(kit), "site").folder)
+    typer.echo("stopped")

@@ -1,0 +1,1 @@
+"""Running a kit: its processes kept alive, their output in bounds, started and stopped as one."""
