@@ -115,8 +115,8 @@ def _read(stream: Readable) -> tuple[dict[str, Any], bytes | None, bytes | None]
     try:
         header = json.loads(_exactly(stream, length))
         payload, data = header["lengths"]
-        total = sum(part or 0 for part in (payload, data))
-        if not 0 <= total <= _BODY_BYTES or min(payload or 0, data or 0) < 0:
+        sizes = [0 if size is None else size for size in (payload, data)]
+        if any(not isinstance(n, int) or n < 0 for n in sizes) or sum(sizes) > _BODY_BYTES:
             raise ValueError("a body of another length")
     except (ValueError, KeyError, TypeError) as error:
         raise _bad_frame(error) from error

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import flwr.supernode.fleet_http_connection as fleet
 import flwr.supernode.start_client_internal as worker
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -53,6 +54,11 @@ class _CertifiedClient(FleetHttpClient):
             verify=context,
             retry_invoker=retry_invoker,
         )
+
+    def PushMessages(self, request: PushMessagesRequest) -> PushMessagesResponse:
+        """As Flower's, without how long the site worked: that tells how many cases it has."""
+        request.clientapp_runtime_list[:] = [0.0] * len(request.clientapp_runtime_list)
+        return super().PushMessages(request)
 
 
 class _Clock:

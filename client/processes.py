@@ -1,4 +1,4 @@
-"""The three processes of a site: the agent, Flower's node, and the starter of couriers."""
+"""The processes of a site: the agent, Flower's node, the starter of couriers, a status page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,35 @@ from samaritan.provision.kit import Kit
 
 
 def site_programs(kit: Kit, settings: SiteSettings) -> list[Program]:
-    """What runs at a site; secrets that only these processes share are drawn anew.
+    """What runs at a site under one user; secrets that only these share are drawn anew.
+
+    Raises:
+        TrustError: SAM-K311 when the site has no certificate yet.
+    """
+    courier = courier_programs(kit, settings, kit.path(RUN))
+    return [agent_program(kit), *courier, *status_programs(kit, settings)]
+
+
+def agent_program(kit: Kit) -> Program:
+    """The half that owns the data."""
+    return Program("agent", (sys.executable, "-m", "client.service", str(kit.folder)), before=10)
+
+
+def status_programs(kit: Kit, settings: SiteSettings) -> list[Program]:
+    """The status page, where site.yaml names a port for it; it reads what the agent's user may."""
+    if settings.status_port is None:
+        return []
+    command = (sys.executable, "-m", "client.status", str(kit.folder))
+    return [Program("status", command, before=40)]
+
+
+def courier_programs(kit: Kit, settings: SiteSettings, run: Path) -> list[Program]:
+    """The half that speaks with the server.
+
+    Args:
+        kit: Of the site.
+        settings: Of the site.
+        run: Folder for what these programs write; other users cannot read the secret in it.
 
     Raises:
         TrustError: SAM-K311 when the site has no certificate yet.
@@ -31,7 +59,6 @@ def site_programs(kit: Kit, settings: SiteSettings) -> list[Program]:
             "Send request.json to the coordinator (`samaritan site request KIT` makes it) and put "
             "the certificate that comes back into the kit with `samaritan site accept`.",
         )
-    run = kit.path(RUN)
     run.mkdir(0o755, exist_ok=True)
     secret = run / "courier.secret"
     write_atomically(secret, base64.b64encode(secrets.token_bytes(48)), private=True)
@@ -59,7 +86,6 @@ def site_programs(kit: Kit, settings: SiteSettings) -> list[Program]:
         "--superexec-auth-secret-file", str(secret),
     )  # fmt: skip
     return [
-        Program("agent", (sys.executable, "-m", "client.service", str(kit.folder)), before=10),
         Program("node", node, home | certified, before=20),
         Program("courier", courier, home | carried, before=30),
     ]

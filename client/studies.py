@@ -15,6 +15,7 @@ from client.agent import SiteAgent
 from client.approvals import Approvals, require_member, roles_of
 from client.assembly import Homes, Progress, assemble
 from client.exchange import KnownStates
+from client.restraint import Restraint
 from client.settings import SiteSettings
 from samaritan import __version__
 from samaritan.audit.log import Log
@@ -84,6 +85,7 @@ class Studies:
                 f"this site works for studies at {', '.join(self.settings.policy.hours)} only",
                 "Nothing to do: it answers again when its hours begin.",
             )
+        Restraint(self.kit.path("state", plan.sha256[:16], "asked.json")).note(request)
         if self._loaded is None or self._loaded[0] != plan.sha256:
             self._loaded = None  # two models need not fit into memory
             self._loaded = plan.sha256, self.load(plan)
@@ -135,7 +137,7 @@ class Studies:
         own = config.model.model_copy(update={"checkpoint": self.settings.checkpoint})
         if config.model.base != "tiny" and self.settings.checkpoint is None:
             raise ModelError(
-                "SAM-M401",
+                "SAM-M501",
                 f"the plan needs the base {config.model.base}, and site.yaml names no checkpoint",
                 "Fetch it (`samaritan models fetch`) and set `checkpoint` in site.yaml.",
             )
@@ -146,7 +148,7 @@ class Studies:
         )
         if model.base.sha256 != plan.base.sha256:
             raise ModelError(
-                "SAM-M402",
+                "SAM-M502",
                 f"the base here is {model.base.sha256[:16]}, the plan has {plan.base.sha256[:16]}",
                 "Give site.yaml the checkpoint the plan was made with.",
             )

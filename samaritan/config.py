@@ -483,8 +483,6 @@ def _fault(key: str, detail: ErrorDetails, model: type[Section]) -> str:
 
 
 def _nearest(key: str, model: type[Section]) -> str | None:
-    # Which entry of a list it is does not matter to what its keys are called.
-    key = ".".join(part for part in key.split(".") if not part.isdigit())
     keys = config_keys(model)
     sections = {key.rpartition(".")[0] for key in keys if "." in key}
     known = keys + sorted(sections)

@@ -94,8 +94,12 @@ class Plan(Section):
             faults.append(f"config.data.held_out_sites names {', '.join(sorted(unknown))}")
         if len({site.identity for site in self.sites.values()}) < len(self.sites):
             faults.append("two sites have the same identity")
-        if len({site.node for site in self.sites.values()}) < len(self.sites):
+        # What stands behind the kind and the key is a comment.
+        if len({tuple(site.node.split()[:2]) for site in self.sites.values()}) < len(self.sites):
             faults.append("two sites have the same node key")
+        told = (self.title, self.purpose, *self.contacts, *self.ethics, *self.sites)
+        if not "".join(told).replace("\n", "").isprintable():
+            faults.append("a text for the people who approve it is not printable")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -174,7 +178,7 @@ def read_plan(path: Path, signer: bytes | None = None) -> SignedPlan:
         whole = plan.model_dump(mode="json", by_alias=True) == tree["plan"]
     except ValidationError as error:
         raise _unreadable(path, _faults(error)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, type(error).__name__) from error
     if not whole:
         raise _unreadable(path, "it is not written as this version writes plans")

@@ -30,6 +30,7 @@ MESSAGE_TYPES: dict[Kind, str] = {
 }
 """How Flower calls each kind of question."""
 
+_PARTS = {ARRAYS, CONFIG, METRICS, MASKING, SEAL}
 _PAYLOAD, _STYPE = "payload", "samaritan.codecs"
 _PLAN, _SIGNATURE = "plan-sha256", "signature"
 
@@ -93,6 +94,8 @@ def read_answer(message: Message) -> Answer:
     Raises:
         KeyError, TypeError, ValueError: When it holds anything but the parts of an answer.
     """
+    if extra := message.content.keys() - _PARTS:
+        raise ValueError(f"{len(extra)} records that are no part of an answer")
     numbers: dict[str, float | int] = {}
     for name, value in message.content.metric_records.get(METRICS, {}).items():
         if not isinstance(value, int | float):
@@ -104,8 +107,8 @@ def read_answer(message: Message) -> Answer:
             raise TypeError("a text of an answer is none")
         texts[name] = text
     sealing = message.content.config_records.get(SEAL)
-    seal = b"" if sealing is None else sealing.get(_SIGNATURE, b"")
-    if not isinstance(seal, bytes):
+    seal = b"" if sealing is None else sealing[_SIGNATURE]
+    if not isinstance(seal, bytes) or (sealing and len(sealing) > 1):
         raise TypeError("a seal that is no signature")
     return Answer(payload_of(message), numbers, texts, read_masking_step(message), seal)
 

@@ -7,6 +7,8 @@ call. The private names of Flower that this needs live here; flwr is pinned for 
 from __future__ import annotations
 
 import hashlib
+import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +36,15 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from samaritan.errors import DeploymentError
+from samaritan.operate.flower import past_proxies
 from samaritan.provision.kit import Kit
 from server.bundle import PLAN_KEY, build_bundle
 from server.home import CONTROL_HEADER
 from server.nodes import der_of, key_of
 from server.settings import ServerSettings
 
-_FEDERATION = "@none/default"
+SILENT = "SAM-N301"
+"""Of a SuperLink that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +84,37 @@ class Control:
         found: Run = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
         return found
 
+    def runs(self) -> list[Run]:
+        """All runs that Flower remembers."""
+        return list(self._client.ListRuns(ListRunsRequest()).run_dict.values())
+
     def unfinished(self) -> list[Run]:
         """Runs that are waiting or running."""
-        runs = self._client.ListRuns(ListRunsRequest()).run_dict.values()
-        return [run for run in runs if run.status.status != "finished"]
+        return [run for run in self.runs() if run.status.status != "finished"]
 
     def nodes(self) -> list[NodeInfo]:
         """Nodes that may connect, and when they were last there."""
         return list(self._client.ListNodes(ListNodesRequest()).nodes_info)
 
     def admit(self, node_keys: dict[str, str]) -> list[str]:
-        """Lets exactly these sites connect; nodes of others are sent away.
+        """Lets these sites connect. Nodes of other sites may stay; nobody asks them anything.
+
+        Flower never takes back a key that it has sent away, so only one that its site has replaced
+        is.
 
         Args:
             node_keys: Key of the node by site, as OpenSSH writes it.
 
         Returns:
-            Sites and nodes that changed, in words.
+            Sites that changed, in words.
         """
-        known = {der_of(node.public_key): node for node in self.nodes() if not _is_gone(node)}
+        known = {der_of(node.public_key): node for node in self.nodes()}
         wanted = {key_of(key): site for site, key in node_keys.items()}
         changes = []
         for key, node in known.items():
-            if key not in wanted:
+            if node.name in node_keys and key not in wanted and not _is_gone(node):
                 self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-                changes.append(f"{node.name or node.node_id} may no longer connect")
+                changes.append(f"{node.name} may no longer connect with an older key")
         for key, site in wanted.items():
             if key not in known:
                 pem = load_ssh_public_key(node_keys[site].encode()).public_bytes(
@@ -112,28 +122,38 @@ class Control:
                 )
                 self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=site))
                 changes.append(f"{site} may connect")
+            elif _is_gone(known[key]):
+                changes.append(f"{site} may not connect: its key was sent away, it needs a new one")
         return changes
 
 
 @contextmanager
-def connect(kit: Kit, settings: ServerSettings) -> Iterator[Control]:
+def connect(kit: Kit, settings: ServerSettings, timeout_s: float = 30.0) -> Iterator[Control]:
     """The control interface of this machine's SuperLink.
+
+    Args:
+        kit: Of the server.
+        settings: Of the server.
+        timeout_s: How long it may be silent.
 
     Raises:
         DeploymentError: SAM-N301 when it does not answer, SAM-N302 when it refuses.
     """
     secret = kit.path("control.secret").read_bytes().strip()
-    client = ControlHttpClient.from_server_address(
-        f"127.0.0.1:{settings.link_port}",
-        insecure=False,
-        root_certificates=kit.path("ca.crt").read_bytes(),
+    trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusted.load_verify_locations(cadata=kit.path("ca.crt").read_text())
+    os.environ.update(past_proxies())  # which the client below reads
+    client = ControlHttpClient(
+        f"https://127.0.0.1:{settings.link_port}",
         interceptors=[_ShowsSecret(secret)],
+        verify=trusted,
+        timeout=timeout_s,
     )
     try:
         yield Control(client)
     except httpx.TransportError as error:
         raise DeploymentError(
-            "SAM-N301",
+            SILENT,
             f"the SuperLink does not answer on 127.0.0.1:{settings.link_port} "
             f"({type(error).__name__})",
             "Start it with `samaritan server start KIT`; `samaritan server status KIT` shows more.",
@@ -154,6 +174,6 @@ def _is_gone(node: Any) -> bool:
 
 def _reason(response: httpx.Response) -> str:
     try:
-        return str(response.json().get("message", ""))[:200]
-    except ValueError:
+        return str(response.json()["detail"])[:200]
+    except (ValueError, KeyError, TypeError):
         return ""

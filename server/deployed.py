@@ -21,6 +21,7 @@ from samaritan.models.adapter import AdaptedModel, build_adapted, save_adapter
 from samaritan.plan import Plan, read_plan, require_current
 from samaritan.provision.kit import Kit, load_kit
 from server.bundle import PLAN_KEY
+from server.events import append_event
 from server.federation import Federation, label_counts, shared_budget
 from server.grid import DeployedGrid
 from server.home import FAILED, KIT_VARIABLE, plan_file, run_folder
@@ -55,8 +56,10 @@ def main(grid: Grid, context: Context) -> None:
             write_outcome(run_dir, plan, model, state)
             federation.note("summary_written")
         except SamaritanError as error:
-            if not isinstance(error, FederationError) and federation is not None:
-                federation.note(FAILED, code=error.code, message=error.message)
+            # Of its pauses the federation tells itself, and waiting may mend them.
+            if federation is None or not isinstance(error, FederationError):
+                fault = {"code": error.code, "message": error.message}
+                append_event(run_dir / "events.jsonl", FAILED, **fault)
             raise
 
 

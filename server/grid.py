@@ -19,7 +19,7 @@ _POLL_S = 0.25
 _LOOK_S = 5.0
 """Between two looks at whether nodes are still those that were asked."""
 
-NODE_LOST = 5
+_NODE_LOST = 5
 """Flower's code for a node that is not available."""
 
 
@@ -72,20 +72,28 @@ class DeployedGrid(Grid):
         """
         asked = list(messages)
         since = self._since()
-        ids = [str(message_id) for message_id in self._grid.push_messages(asked)]
-        waiting = dict(zip(ids, asked, strict=True))
+        waiting: dict[str, Message] = {}
         arrived: dict[str, Message] = {}
+        ids = []
+        for number, sent in enumerate(self._grid.push_messages(asked)):
+            # Flower gives no name to a message whose node has just been sent away.
+            ids.append(str(sent or number))
+            if sent:
+                waiting[ids[-1]] = asked[number]
+            else:
+                arrived[ids[-1]] = _lost(asked[number], "the node is not known any more")
         end = None if timeout is None else time.monotonic() + timeout
         look = time.monotonic() + _LOOK_S
         order = iter(ids)
         due = next(order, None)
         while due is not None:
             for reply in self._grid.pull_messages(list(waiting)):
-                arrived[reply.metadata.reply_to_message_id] = reply
-                waiting.pop(reply.metadata.reply_to_message_id, None)
+                message = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if message is not None:
+                    arrived[reply.metadata.reply_to_message_id] = _from_its_node(reply, message)
             if time.monotonic() > look:
                 look = time.monotonic() + _LOOK_S
-                arrived |= self._lost(waiting, since)
+                arrived |= self._restarted(waiting, since)
             over = end is not None and time.monotonic() > end
             while due is not None and (due in arrived or over):
                 if due in arrived:
@@ -97,7 +105,7 @@ class DeployedGrid(Grid):
     def _since(self) -> dict[int, str]:
         return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
 
-    def _lost(self, waiting: dict[str, Message], since: dict[int, str]) -> dict[str, Message]:
+    def _restarted(self, waiting: dict[str, Message], since: dict[int, str]) -> dict[str, Message]:
         """Errors for messages whose node was started anew; they are waited for no longer."""
         now = self._since()
         lost = {}
@@ -105,7 +113,20 @@ class DeployedGrid(Grid):
             node = message.metadata.dst_node_id
             if node in now and now[node] != since.get(node):
                 waiting.pop(message_id)
-                lost[message_id] = Message(
-                    Error(NODE_LOST, "the node was started anew"), reply_to=message
-                )
+                lost[message_id] = _lost(message, "the node was started anew")
         return lost
+
+
+def _lost(message: Message, reason: str) -> Message:
+    return Message(Error(_NODE_LOST, reason), reply_to=message)
+
+
+def _from_its_node(reply: Message, message: Message) -> Message:
+    """The reply itself, or the same error from the node that was asked.
+
+    An error that the SuperLink makes for a node that is gone does not name that node.
+    """
+    node = message.metadata.dst_node_id
+    if reply.has_error() and reply.metadata.src_node_id != node:
+        return Message(Error(reply.error.code, ""), reply_to=message)
+    return reply

@@ -11,6 +11,7 @@ from samaritan.audit.log import Log
 from samaritan.keys import is_signed
 from samaritan.messages import Answer, Request, sealed
 from samaritan.wire import message_bytes, read_answer
+from strategies.replies import error_status
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Ingress:
             "message": asked,
         }
         if message.has_error():
-            self.log.append("error", code=message.error.code, **told)
+            self.log.append("error", status=error_status(message), **told)
             return True
         try:
             answer = read_answer(message)

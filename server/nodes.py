@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
     load_pem_public_key,
     load_ssh_public_key,
 )
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-
-
-@runtime_checkable
-class _TellsNodes(Protocol):
-    def get_nodes(self) -> list[NodeInfo]: ...
 
 
 def online(grid: Grid, keys: Mapping[str, bytes]) -> dict[int, str | None]:
@@ -31,7 +25,7 @@ def online(grid: Grid, keys: Mapping[str, bytes]) -> dict[int, str | None]:
         The site by node id, None where the node may be any. Of nodes whose key no site has there is
         nothing: they belong to other studies, or to nobody.
     """
-    if not keys or not isinstance(grid, _TellsNodes):
+    if not keys:
         return dict.fromkeys(grid.get_node_ids())
     sites = {key: site for site, key in keys.items()}
     found = {node.node_id: sites.get(der_of(node.public_key)) for node in grid.get_nodes()}
@@ -44,9 +38,11 @@ def key_of(node_key: str) -> bytes:
     Raises:
         ValueError: When it is no such key.
     """
-    return load_ssh_public_key(node_key.encode()).public_bytes(
-        Encoding.DER, PublicFormat.SubjectPublicKeyInfo
-    )
+    try:
+        key = load_ssh_public_key(node_key.encode())
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def der_of(pem: bytes) -> bytes:

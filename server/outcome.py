@@ -10,6 +10,9 @@ from samaritan import __version__
 from samaritan.files import write_atomically
 from samaritan.models.adapter import AdaptedModel, card_of
 from samaritan.plan import Plan
+from samaritan.privacy.accounting import epsilon_of
+from samaritan.privacy.plan import PrivacyPlan, privacy_plan
+from samaritan.privacy.statement import section
 from samaritan.report.html import write_report
 from samaritan.training.metrics import EMPTY_RULE
 from server.checkpoints import Checkpoint
@@ -76,8 +79,26 @@ def summary(plan: Plan, model: AdaptedModel, state: Checkpoint) -> dict[str, Any
             "frozen_base_copies": len(plan.sites),
             "steps": sum(entry["steps"] or 0 for entry in told),
         },
-        "privacy": None,
+        "privacy": _privacy(plan, model, state),
     }
+
+
+def _privacy(plan: Plan, model: AdaptedModel, state: Checkpoint) -> dict[str, Any] | None:
+    """What the plan promises, and what the rounds cost by it at most; ledgers are at the sites."""
+    config = plan.config
+    plans: dict[str, PrivacyPlan] = {}
+    rounds: dict[str, int] = {}
+    if config.privacy.unit == "site":
+        plans = {"all sites": privacy_plan(config, "")}
+        rounds = {"all sites": len(state.history)}
+    elif config.privacy.unit != "none":
+        plans = {site: privacy_plan(config, site) for site in plan.training_sites}
+        rounds = {s: sum(s in entry["sites"] for entry in state.history) for s in plans}
+    spent = {
+        site: epsilon_of([own.spending(rounds[site])], own.delta) if rounds[site] else None
+        for site, own in plans.items()
+    }
+    return section(config, plans, spent, model.parameters())
 
 
 def _examples(state: Checkpoint, site: str) -> int | None:

@@ -113,7 +113,7 @@ def _read(path: Path) -> Study:
         return Study.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(
-            "SAM-C308",
+            "SAM-C309",
             f"{path} has {describe_faults(error, Study)}",
             "Mend each key; docs/deployment.md has an example.",
         ) from error

@@ -1,4 +1,4 @@
-"""The processes of the server: SuperLink, the starter of ServerApps, and the proxy before them."""
+"""The processes of the server: SuperLink, proxy, the starter of ServerApps, the status page."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def server_programs(kit: Kit, settings: ServerSettings) -> list[Program]:
         "--runtime-api-address", f"127.0.0.1:{settings.link_port}",
         "--superexec-auth-secret-file", secret,
     )  # fmt: skip
+    page = (sys.executable, "-m", "server.status", str(kit.folder))
     locked = {SECRET_VARIABLE: str(kit.path("control.secret"))}
     started = {
         KIT_VARIABLE: str(kit.folder),
@@ -48,4 +49,5 @@ def server_programs(kit: Kit, settings: ServerSettings) -> list[Program]:
         Program("link", link, home | locked, before=10),
         proxy_program(kit.folder, settings.listen, kit.card.port, settings.link_port),
         Program("apps", apps, home | started, before=30),
+        Program("status", page, home, before=40),
     ]

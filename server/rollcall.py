@@ -97,6 +97,8 @@ class Caller:
             return RollCall(present, refused)
         for reply in self.grid.send_and_receive(questions, timeout=timeout_s):
             node = reply.metadata.src_node_id
+            if node not in nodes:
+                continue  # nobody has asked it
             try:
                 answer = read_answer(reply).texts
                 site = answer["site"]
@@ -107,7 +109,7 @@ class Caller:
             wrong = [k for k, v in right.items() if answer.get(k) != v]
             if site not in self.expected:
                 refused.append(f"node {node}: not an approved site")
-            elif nodes.get(node) not in (None, site):
+            elif nodes[node] not in (None, site):
                 refused.append(f"node {node}: its key is that of site {nodes[node]}")
             elif not self.admits(site, self.request, reply):
                 refused.append(f"site {site}: the answer is not sealed by this site")

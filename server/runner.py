@@ -7,21 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from samaritan.errors import DeploymentError, FederationError
-from samaritan.plan import SignedPlan, write_plan
+from samaritan.plan import SignedPlan, require_current, write_plan
 from samaritan.provision.kit import Kit
-from server.control import Control, connect
+from server.bundle import PLAN_KEY
+from server.control import SILENT, Control, connect
 from server.home import FAILED, plan_file, run_folder
 from server.settings import ServerSettings
 
 _POLL_S = 1.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 600.0
-_SETTLED_S = 20.0
+_SETTLED_S = 60.0
 """How long a SuperLink that does not answer may take to be started anew by its supervisor."""
 
 Event = dict[str, Any]
+_T = TypeVar("_T")
 Tell = Callable[[Event], None]
 """Told of each event of the run, and of what happens to its processes."""
 
@@ -69,7 +71,8 @@ def run_plan(
     Raises:
         FederationError: SAM-F111 when patience is at its end, with what the run said last; SAM-F112
             for an error that waiting does not mend.
-        DeploymentError: When the SuperLink does not answer.
+        DeploymentError: When the SuperLink does not answer, or another plan is on.
+        TrustError: SAM-K303 when the plan is over and has not finished.
     """
     plan = signed.plan
     write_plan(plan_file(kit, plan.sha256), signed)
@@ -79,11 +82,17 @@ def run_plan(
         pass
     if events.last.get("event") == "summary_written":
         return folder
-    tell_admitted(kit, settings, signed, tell)
+    require_current(plan)
+    events.last = {}  # what ended an earlier call is not what ends this one
+    # Before anybody is let in for this plan: the sites of another that is on must stay.
+    _asked(kit, settings, lambda control: _on(control, plan.sha256))
+    _admit(kit, settings, signed, tell)
     still_since, wait_s = time.monotonic(), _FIRST_WAIT_S
     while True:
         done = events.rounds
-        run_id = _running(kit, settings, plan.sha256)
+        run_id = _asked(
+            kit, settings, lambda control: _on(control, plan.sha256) or control.start(plan.sha256)
+        )
         tell({"event": "run_watched", "run": run_id})
         status = _follow(kit, settings, run_id, events, tell)
         last = events.last.get("event", "")
@@ -115,48 +124,36 @@ def run_plan(
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
-def tell_admitted(kit: Kit, settings: ServerSettings, signed: SignedPlan, tell: Tell) -> None:
+def _admit(kit: Kit, settings: ServerSettings, signed: SignedPlan, tell: Tell) -> None:
     """Lets the nodes of a plan's sites connect, and tells of changes."""
-    with connect(kit, settings) as control:
-        for change in control.admit({n: s.node for n, s in signed.plan.sites.items()}):
-            tell({"event": "node_change", "what": change})
+    nodes = {name: site.node for name, site in signed.plan.sites.items()}
+    for change in _asked(kit, settings, lambda control: control.admit(nodes)):
+        tell({"event": "node_change", "what": change})
 
 
-def _running(kit: Kit, settings: ServerSettings, plan_sha256: str) -> int:
-    """The run of a plan that is on, or a new one.
+def _on(control: Control, plan_sha256: str) -> int | None:
+    """The run of a plan that is waiting or running, if there is one.
 
     Raises:
         DeploymentError: SAM-N303 when another plan is running: sites work on one at a time.
     """
-    with connect(kit, settings) as control:
-        for run in control.unfinished():
-            if dict(run.override_config)["plan"].string != plan_sha256:
-                raise DeploymentError(
-                    "SAM-N303",
-                    f"run {run.run_id} of another plan is on",
-                    "Wait for its end, or stop it with `samaritan server stop-run`.",
-                )
-            return int(run.run_id)
-        return control.start(plan_sha256)
+    for run in control.unfinished():
+        if dict(run.override_config)[PLAN_KEY].string != plan_sha256:
+            raise DeploymentError(
+                "SAM-N303",
+                f"run {run.run_id} of another plan is on",
+                "Wait for its end, or stop it with `samaritan server stop-run`.",
+            )
+        return int(run.run_id)
+    return None
 
 
 def _follow(kit: Kit, settings: ServerSettings, run_id: int, events: _Events, tell: Tell) -> str:
     """Watches a run to its end and returns how it ended: completed, failed or stopped."""
-    silent_since: float | None = None
     while True:
         for event in events.new():
             tell(event)
-        try:
-            with connect(kit, settings) as control:
-                status = _status(control, run_id)
-            silent_since = None
-        except DeploymentError:
-            now = time.monotonic()
-            silent_since = silent_since or now
-            if now - silent_since > _SETTLED_S:
-                raise
-            status = ""
-        if status:
+        if status := _asked(kit, settings, lambda control: _status(control, run_id)):
             for event in events.new():
                 tell(event)
             return status
@@ -167,3 +164,20 @@ def _status(control: Control, run_id: int) -> str:
     """How a run ended; empty while it is on."""
     status = control.run(run_id).status
     return str(status.sub_status) if status.status == "finished" else ""
+
+
+def _asked(kit: Kit, settings: ServerSettings, ask: Callable[[Control], _T]) -> _T:
+    """What the SuperLink says; one that does not answer may just be started anew.
+
+    Raises:
+        DeploymentError: When it refuses, or does not answer for a minute.
+    """
+    end = time.monotonic() + _SETTLED_S
+    while True:
+        try:
+            with connect(kit, settings) as control:
+                return ask(control)
+        except DeploymentError as error:
+            if error.code != SILENT or time.monotonic() > end:
+                raise
+            time.sleep(_POLL_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class InProcessGrid(Grid):
     def __init__(self, app: ClientApp, nodes: int) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = _RUN
         self._app = app
+        # Ids of another process, such as that of a run which is resumed, are other ids.
+        self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -65,7 +68,7 @@ class InProcessGrid(Grid):
         """Delivers messages and keeps the answers."""
         ids = []
         for message in messages:
-            message_id = f"message-{next(self._numbers)}"
+            message_id = f"{self._name}-{next(self._numbers)}"
             message.metadata.__dict__.update(
                 _message_id=message_id, _run_id=_RUN, _src_node_id=_RUN
             )

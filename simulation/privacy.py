@@ -9,8 +9,7 @@ from samaritan.config import Config
 from samaritan.errors import PrivacyError
 from samaritan.privacy.accounting import Epsilon
 from samaritan.privacy.budget import Budget
-from samaritan.privacy.caveats import warnings_for
-from samaritan.privacy.statement import describe
+from samaritan.privacy.statement import section
 from server.judgement import last_ledger
 
 SERVER = "all sites"
@@ -34,39 +33,13 @@ def privacy_results(
     Returns:
         None where the run had no privacy.
     """
-    aggregation = {"secure_aggregation": config.federation.secure_aggregation}
-    if not budgets:
-        return aggregation if config.federation.secure_aggregation else None
-    # The weakest of them: what it promises holds at every site.
-    plan = max((b.plan for b in budgets.values()), key=lambda p: (p.delta, -p.noise_multiplier))
-    return {
-        "unit": plan.unit,
-        "adjacency": "add or remove one " + plan.unit,
-        "mechanism": "Gaussian",
-        "sampling": "Poisson" if plan.sampling_rate < 1 else "none",
-        "sites": {
-            site: _entry(budget, last_ledger(history, site)) for site, budget in budgets.items()
-        },
-        "scores": config.privacy.scores,
-        "statement": describe(plan),
-        "warnings": warnings_for(config, plan, parameters),
-        **aggregation,
-    }
+    plans = {site: budget.plan for site, budget in budgets.items()}
+    spent = {site: _spent(budget, last_ledger(history, site)) for site, budget in budgets.items()}
+    return section(config, plans, spent, parameters)
 
 
-def _entry(budget: Budget, acknowledged: str) -> dict[str, Any]:
-    plan = budget.plan
+def _spent(budget: Budget, acknowledged: str) -> Epsilon | None:
     try:
-        spent: Epsilon | None = budget.spent(acknowledged)
+        return budget.spent(acknowledged)
     except PrivacyError:  # rolled back: whatever it says is too little
-        spent = None
-    return {
-        "epsilon": spent and spent.pld,
-        "epsilon_rdp": spent and spent.rdp,
-        "budget": plan.epsilon,
-        "delta": plan.delta,
-        "records": plan.records,
-        "sampling_rate": plan.sampling_rate,
-        "noise_multiplier": plan.noise_multiplier,
-        "steps_per_round": plan.steps_per_round,
-    }
+        return None

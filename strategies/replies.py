@@ -32,6 +32,13 @@ _LARGEST = 1e6
 """No weight of a network moves this far; larger numbers would overflow in what follows."""
 
 
+_FLOWER_ERRORS = {
+    5: "the site went offline",
+    7: "the app bundle was refused",
+    8: "its courier died",
+}
+"""What Flower's error codes mean here."""
+
 _LEDGER = re.compile(r"[0-9a-f]{64}")
 
 
@@ -181,6 +188,7 @@ def _unlike(update: AdapterState, header: Mapping[str, str], expected: Expected)
 
 
 def error_status(message: Message) -> str:
-    """The error code in a site's answer, never the rest of the text."""
+    """The error code in a site's answer, or what Flower says of the site; no other text of it."""
     code = re.search(r"SAM-[A-Z]\d{3}", message.error.reason or "")
-    return f"failed: {code[0] if code else f'error {message.error.code}'}"
+    number = message.error.code
+    return f"failed: {code[0] if code else _FLOWER_ERRORS.get(number, f'error {number}')}"

@@ -39,7 +39,8 @@ from samaritan.privacy.randomness import SystemRandom
 from samaritan.privacy.rules import check_privacy
 from samaritan.privacy.secure_sum import Coordinator, Terms
 from server.checkpoints import read_round
-from simulation.agents import build_agents, site_unit_budget
+from server.federation import shared_budget
+from simulation.agents import build_agents
 from simulation.privacy import privacy_results
 from simulation.run import simulate
 from simulation.study import read_study
@@ -413,7 +414,7 @@ def test_the_ledger_is_about_patients_and_not_about_their_visits(phantoms, model
 
 def test_all_sites_share_the_budget_where_a_site_is_the_unit(phantoms, tmp_path):
     study = read_study(settings(privacy={"unit": "site", "records": 3}), phantoms)
-    assert site_unit_budget(study, tmp_path).members == tuple(SITES)
+    assert shared_budget(study.config, study.training_sites, tmp_path).members == tuple(SITES)
 
 
 def test_a_ledger_without_its_last_lines_is_told_by_its_copy_where_no_server_remembers(agents):

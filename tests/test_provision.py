@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
+from client.settings import SiteSettings
 from samaritan.audit.policy import SitePolicy
 from samaritan.errors import ConfigError, SamaritanError, StorageError, TrustError
 from samaritan.keys import Identity, load_identity
@@ -42,6 +44,7 @@ from samaritan.provision.requests import (
     make_request,
     sign_request,
 )
+from server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOW = datetime(2027, 3, 1, 12, tzinfo=UTC)
@@ -310,6 +313,17 @@ def test_server_and_sites_know_each_other_by_their_kits(trial: Path, host: str) 
         assert (("organizationName", "liver"),) in seen["subject"]
 
 
+def test_processes_of_the_server_meet_on_its_own_machine(
+    describe: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    provision(describe(keys="shipped", server={"hosts": ["fl.example.org"]}), out)
+    for host in ("fl.example.org", "localhost", "127.0.0.1"):
+        handshake(server_side(out / "server"), client_side(site_folder(out)), host)
+    assert load_kit(site_folder(out), "site").card.host == "fl.example.org"
+    assert provision(out / "authority/project.yaml", out).changed == ()
+
+
 def test_sites_refuse_a_server_under_another_name(trial: Path) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname"):
         handshake(server_side(trial / "server"), client_side(site_folder(trial)), "example.org")
@@ -325,13 +339,17 @@ def test_each_end_refuses_another_authority(
 ) -> None:
     provision(describe(keys="shipped"), tmp_path / "other")  # of the same name
     other = tmp_path / "other"
-    with pytest.raises(ssl.SSLCertVerificationError, match="local issuer|signature failure"):
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match=r"local issuer|signature failure|self-signed"
+    ):
         handshake(server_side(other / "server"), client_side(site_folder(trial)))
     # A foreign site that has got hold of the right ca.crt, which is no secret.
     foreign_site = client_side(site_folder(trial), with_key=False)
     foreign = site_folder(other)
     foreign_site.load_cert_chain(foreign / "site.crt", foreign / "site.key")
-    with pytest.raises(ssl.SSLCertVerificationError, match="local issuer|signature failure"):
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match=r"local issuer|signature failure|self-signed"
+    ):
         handshake(server_side(trial / "server", crl=False), foreign_site)
 
 
@@ -526,11 +544,11 @@ def test_openssl_agrees(trial: Path, tmp_path: Path) -> None:
 
 
 def test_kits_hold_what_is_promised(out: Path, trial: Path) -> None:
-    site = {"kit.yaml", "ca.crt", "plan.pub", "site.yaml", "README.md"}
+    site = {"kit.yaml", "ca.crt", "plan.pub", "site.yaml", "README.md", *kits.UNITS["site"]}
     shipped = {"site.crt", "site.key", "node.key", "node.pub", "identity.key"}
     server = {
         "kit.yaml", "ca.crt", "server.crt", "server.key", "crl.pem", "superexec.secret",
-        "control.secret", "server.yaml", "plan.pub", "README.md",
+        "control.secret", "server.yaml", "plan.pub", "README.md", *kits.UNITS["server"],
     }  # fmt: skip
     own = {"project.yaml", "ca.crt", "ca.key", "plan.key", "plan.pub", "issued.json", "crl.pem"}
     for folder, extra in ((out, set()), (trial, shipped)):
@@ -807,6 +825,25 @@ def test_kits_that_were_moved_away_are_not_made_again(
     handshake(server_side(tmp_path / "server machine"), client_side(tmp_path / "site machine"))
 
 
+@pytest.mark.parametrize("name", ["site.key", "kit.yaml"])
+def test_a_kit_without_its_key_does_not_stop_a_revocation(trial: Path, name: str) -> None:
+    (site_folder(trial) / name).unlink()
+    (trial / "server/server.key").unlink()
+    with open_authority(trial / "authority") as opened:
+        opened.revoke("Northside")
+    before = contents(trial)
+    assert refresh_kits(trial / "authority") == ()
+    assert contents(trial) == before
+
+
+def test_a_damaged_card_is_written_anew(out: Path) -> None:
+    card = site_folder(out) / "kit.yaml"
+    before = card.read_bytes()
+    card.write_text("kit: [")
+    assert provision(out / "authority/project.yaml", out).changed == ("sites/Northside/kit.yaml",)
+    assert card.read_bytes() == before
+
+
 def test_a_foreign_folder_beside_an_authority_is_not_taken_for_a_kit(
     trial: Path, describe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -835,6 +872,27 @@ def test_a_damaged_authority_is_not_mended_with_new_keys(
         assert contents(trial) == before
     (folder / name).write_bytes(content)
     assert refresh_kits(folder) == ()
+
+
+@pytest.mark.parametrize(("name", "made"), [("ca.key", "ca.crt"), ("plan.key", "plan.pub")])
+def test_a_lost_key_is_noticed_before_anything_was_issued(
+    describe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    made: str,
+) -> None:
+    out = tmp_path / "out"
+    last = 0
+    while not (out / "authority" / made).exists():
+        with monkeypatch.context() as patch, contextlib.suppress(Outage):
+            failing_writes(patch, last)
+            provision(describe(), out)
+        last += 1
+    assert not read_register(out / "authority").server
+    (out / "authority" / name).unlink()
+    assert code_of(lambda: provision(describe(), out)) == "SAM-K102"
+    assert not (out / "authority" / name).exists()
 
 
 @pytest.mark.parametrize("name", ["ca.key", "plan.key"])
@@ -907,7 +965,8 @@ def test_a_provisioning_that_was_stopped_goes_on_with_the_keys_it_has(
         after = contents(out)
         assert {name: after[name] for name in secret} == secret
         assert done.absent == ()
-        assert {name.rpartition("/")[2] for name in after} >= {*kits.SERVER_FILES, "server.zip"}
+        made = {name.removeprefix("server/") for name in after}
+        assert made >= {*kits.SERVER_FILES, "server.zip"}
         register = read_register(out / "authority")
         newest = certificates.read_certificate(out / "authority/issued/server/server.crt")
         assert register.server[-1].serial == certificates.serial(newest)
@@ -944,7 +1003,7 @@ def test_a_signature_that_was_not_recorded_does_not_exist(
 
 
 def test_a_revocation_that_was_stopped_is_done_by_repeating_it(
-    trial: Path, monkeypatch: pytest.MonkeyPatch
+    trial: Path, monkeypatch: pytest.MonkeyPatch, clock: Callable[[datetime], None]
 ) -> None:
     with open_authority(trial / "authority") as opened, monkeypatch.context() as patch:
         failing_writes(patch, 1)
@@ -952,9 +1011,12 @@ def test_a_revocation_that_was_stopped_is_done_by_repeating_it(
             opened.revoke("Northside")
     assert not list(x509.load_pem_x509_crl((trial / "authority/crl.pem").read_bytes()))
     date = read_register(trial / "authority").sites["Northside"][-1].revoked
+    assert date is not None
+    clock(date + timedelta(days=3))
     with open_authority(trial / "authority") as opened:
         assert opened.revoke("Northside") == date
-    assert list(x509.load_pem_x509_crl((trial / "authority/crl.pem").read_bytes()))
+    (entry,) = x509.load_pem_x509_crl((trial / "authority/crl.pem").read_bytes())
+    assert entry.revocation_date_utc == date
 
 
 # Texts
@@ -969,12 +1031,14 @@ def test_settings_show_every_key_with_its_default(out: Path) -> None:
     text = (site_folder(out, MARY) / "site.yaml").read_text()
     assert yaml.safe_load(text) == {"data": "/path/to/cases"}
     shown = uncommented(text)
-    assert set(shown) == {"data", "checkpoint", "threads", "policy"}
+    assert shown.keys() == SiteSettings.model_fields.keys()
     assert shown["policy"].keys() == SitePolicy.model_fields.keys()
-    assert SitePolicy.model_validate(shown["policy"]) == SitePolicy()
+    assert SiteSettings.model_validate(shown) == SiteSettings(data="/path/to/cases")
     text = (out / "server/server.yaml").read_text()
     assert yaml.safe_load(text) is None
-    assert uncommented(text) == {"checkpoint": None, "link_port": 8000, "status_port": 8080}
+    shown = uncommented(text)
+    assert shown.keys() == ServerSettings.model_fields.keys()
+    assert ServerSettings.model_validate(shown) == ServerSettings()
 
 
 def test_a_site_learns_what_its_people_ask(
@@ -1222,14 +1286,19 @@ def test_a_request_for_another_project_or_site(
     assert refused(forge(site="server")) == "SAM-K103"
 
 
+PEM_HEAD = "-----BEGIN CERTIFICATE REQUEST-----"
+
+
 def test_a_request_whose_parts_do_not_belong_together(
     forge: Forge, refused: Callable[[Path], str]
 ) -> None:
     key = new_key()
     good = certificates.make_request(key, "liver", "Northside")
-    lines = good.splitlines()
-    lines[3] = lines[3][:-2] + ("AA" if lines[3][-2:] != "AA" else "BB")
-    assert refused(forge(key, csr="\n".join(lines))) == "SAM-K123"
+    der = bytearray(x509.load_pem_x509_csr(good.encode()).public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1  # in the signature, whose form stays right
+    unsigned = f"{PEM_HEAD}\n{base64.b64encode(der).decode()}\n{PEM_HEAD.replace('BEGIN', 'END')}\n"
+    assert x509.load_pem_x509_csr(unsigned.encode()).public_key() == key.public_key()
+    assert refused(forge(key, csr=unsigned)) == "SAM-K123"
     assert refused(forge(key, csr="")) == "SAM-K123"
     assert refused(forge(key, csr=certificates.make_request(key, "liver", MARY))) == "SAM-K124"
     assert (

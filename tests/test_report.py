@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from samaritan.cli.simulate import _result_line, _round_line
+from samaritan.cli.simulate import _result_line, round_line
 from samaritan.config import parse_config
 from samaritan.errors import DataError, StorageError
 from samaritan.privacy.budget import Budget
@@ -1138,7 +1138,7 @@ def test_the_line_of_a_round_tells_its_error_and_what_stands_out():
     entry = combined(summary, lambda _: 0.0312, {"C": 500.0})["rounds"][1]
     entry["sites"]["D"] |= {"status": "late: no answer in 9 s", "update_norm": None}
     entry["rolled_back_to"] = 4
-    first, *notes = _round_line(entry, 3).splitlines()
+    first, *notes = round_line(entry, 3).splitlines()
     assert "aggregation error 0.031, 33.0 s" in first
     assert notes == [
         "  D: late: no answer in 9 s",
@@ -1147,7 +1147,7 @@ def test_the_line_of_a_round_tells_its_error_and_what_stands_out():
     ]
     combined(summary)
     del entry["rolled_back_to"]
-    assert "aggregation" not in _round_line(entry, 3)
+    assert "aggregation" not in round_line(entry, 3)
 
 
 def test_the_last_lines_tell_the_kept_round_and_the_fine_tuned_score():

@@ -173,7 +173,7 @@ BAD_ANSWERS = {
     "no update": (reply(content(metrics=METRICS)), "refused: no update"),
     "no metrics": (reply(content(payload(ones()))), "num-examples is missing"),
     "nothing": (reply(RecordDict()), "refused: no update"),
-    "junk": (reply(junk()), "refused: no update"),
+    "junk": (reply(junk()), "unreadable"),
     "metrics in lists": (reply(listed_metrics()), "unreadable"),
     "flower's arrays": (
         reply(RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros((2, 3)))})})),

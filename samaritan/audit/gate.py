@@ -16,18 +16,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samaritan.audit.log import Log
-from samaritan.audit.policy import SitePolicy, allows_tensor
+from samaritan.audit.policy import SitePolicy, allows_tensor, numbers_told
 from samaritan.codecs import WireError, decode
 from samaritan.config import CodecConfig, Config
 from samaritan.errors import AuditError, PrivacyError
 from samaritan.messages import Answer, MaskingStep, Request
 from samaritan.privacy.secure_sum.messages import Agreement, Keys, Message, Opening, Shares
-from samaritan.shares import CONTROL, noisy_sites, shares, tells_scores
+from samaritan.shares import CONTROL, noisy_sites, shares
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9][0-9a-z.+]{0,31}")
 _LARGEST_WHOLE = 1 << 63
 """Messages hold no larger ones."""
+_SEAL_BYTES = 64
 _STEP_BYTES = 1 << 20
 """More than any step of a secure sum with thirty sites takes."""
 _STEPS: dict[str, type[Message]] = {
@@ -77,13 +78,9 @@ def outlet(
         return Outlet(texts=own | dict.fromkeys(hashes, _HEX))
     if request.kind == "secure_sum":
         return Outlet(step=request.step, site=site)
+    numbers = frozenset(numbers_told(config, request.kind))
     if request.kind == "evaluate":
-        told = ("dice", "num-cases", "seconds") if tells_scores(config) else ()
-        return Outlet(numbers=frozenset(told))
-    private = noisy_sites(config)
-    names = ("num-examples", "steps") if private else (
-        "num-examples", "train-loss", "steps", "seconds",
-    )  # fmt: skip
+        return Outlet(numbers=numbers)
     sent = shares(config, shapes, request.server_round).sent
     tensors = {name: shapes[name] for name in sorted(sent)}
     if config.training.scaffold:
@@ -91,8 +88,8 @@ def outlet(
     state = request.instruction.state_sha256 if request.instruction else ""
     masked = config.federation.secure_aggregation
     return Outlet(
-        numbers=frozenset(names),
-        texts={"ledger": _HEX} if private else {},
+        numbers=numbers,
+        texts={"ledger": _HEX} if noisy_sites(config) else {},
         tensors=tensors,
         header={"round": str(request.server_round), "state": state},
         codec=config.wire.up,
@@ -157,6 +154,8 @@ def _manifest(answer: Answer, allowed: Outlet, policy: SitePolicy) -> dict[str, 
         wanted = allowed.texts.get(name)
         if wanted is None or not isinstance(text, str) or not wanted.fullmatch(text):
             raise _barred(f"the text {name}")
+    if len(answer.seal) not in (0, _SEAL_BYTES):
+        raise _barred(f"a seal of {len(answer.seal)} bytes")
     step = answer.step
     _require_step(step, allowed)
     size = len(answer.payload or b"") + len(step.data if step else b"")

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from samaritan.errors import AuditError
+from samaritan.errors import AuditError, StorageError
 from samaritan.files import write_atomically
 from samaritan.lines import append_line, canonical, line_hash
 
@@ -94,7 +94,9 @@ class Log:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise _unwritable(self.path, error.strerror or str(error)) from error
+        except StorageError as error:  # from setting a fragment aside
+            raise _unwritable(self.path, error.message) from error
 
     def _catch_up(self, file: BinaryIO) -> None:
         """Reads and checks what other processes have written since."""
@@ -108,7 +110,7 @@ class Log:
             if size < self._size:
                 raise LineError(self._seq, "it is gone")
             for entry, digest in entries(whole, self._seq, self._prev):
-                if entry["seq"] == 0 and self._owner.items() - entry.items():
+                if entry["seq"] == 0 and self._owner != {k: entry.get(k) for k in self._owner}:
                     raise LineError(1, "the log is another's")
                 self._seq, self._prev = entry["seq"] + 1, digest
         except LineError as error:
@@ -169,7 +171,11 @@ def entries(data: bytes, seq: int = 0, previous: str = START) -> Iterator[tuple[
         if entry["seq"] != due:
             raise LineError(due + 1, f"it has number {entry['seq']} where {due} is due")
         if entry["prev"] != previous:
-            raise LineError(due + 1, "it does not follow the line before")
+            raise LineError(
+                due + 1,
+                "it does not follow the line before: one of the two was changed, or a line between "
+                "them is gone",
+            )
         previous = line_hash(line)
         yield entry, previous
 
@@ -186,9 +192,9 @@ def _parsed(line: bytes, number: int) -> Entry:
     return entry
 
 
-def _unwritable(path: Path, error: OSError) -> AuditError:
+def _unwritable(path: Path, reason: str) -> AuditError:
     return AuditError(
         "SAM-A102",
-        f"the log {path} cannot be read or written: {error.strerror or error}",
+        f"the log {path} cannot be read or written: {reason}",
         "Free space or mend the permissions. Nothing left this site that is not in the log.",
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from samaritan.audit.hours import Hours
-from samaritan.config import Section
+from samaritan.config import Config, Section
 from samaritan.errors import AuditError
 from samaritan.plan import Plan
 
@@ -104,6 +104,10 @@ def require_agreement(policy: SitePolicy, plan: Plan, tensors: tuple[str, ...]) 
     if barred := [name for name in tensors if not allows_tensor(policy, name)]:
         more = f" and {len(barred) - 1} more" if len(barred) > 1 else ""
         faults.append(f"it sends the tensor {barred[0]}{more}, policy.tensors has it not")
+    if policy.metrics is not None:
+        told = {name for kind in ("train", "evaluate") for name in numbers_told(config, kind)}
+        if untold := sorted(told.difference(policy.metrics)):
+            faults.append(f"its answers hold {', '.join(untold)}, policy.metrics has them not")
     if faults:
         raise AuditError(
             "SAM-A201",
@@ -111,6 +115,19 @@ def require_agreement(policy: SitePolicy, plan: Plan, tensors: tuple[str, ...]) 
             + "\n".join(f"  - {fault}" for fault in faults),
             "Ask the coordinator for another plan, or change site.yaml if the hospital decides so.",
         )
+
+
+def numbers_told(config: Config, kind: str) -> tuple[str, ...]:
+    """Names of the numbers in an answer of a kind, by the configuration of a plan."""
+    from samaritan.shares import noisy_sites, tells_scores  # torch, which settings do without
+
+    if kind == "evaluate":
+        return ("dice", "num-cases", "seconds") if tells_scores(config) else ()
+    if kind != "train":
+        return ()
+    if noisy_sites(config):
+        return ("num-examples", "steps")
+    return ("num-examples", "train-loss", "steps", "seconds")
 
 
 def allows_tensor(policy: SitePolicy, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`samaritan audit privacy`."""
+"""`samaritan audit privacy`; `samaritan audit log` is in a file of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from samaritan.cli import audit_log
 from samaritan.cli.console import Progress, print_json
 
 app = typer.Typer(no_args_is_help=True)
+app.add_typer(audit_log.app, name="log", help="Read and check the log of what left a site.")
 
 
 class Mode(StrEnum):

@@ -12,12 +12,19 @@ KIT_VARIABLE = "SAMARITAN_KIT"
 
 KitFolder = Annotated[
     Path | None,
-    typer.Argument(help=f"Start-up kit; ${KIT_VARIABLE} or this folder when left out."),
+    # The courier may enter the kit and not list it.
+    typer.Argument(
+        help=f"Start-up kit; ${KIT_VARIABLE} or this folder when left out.", readable=False
+    ),
 ]
 
 KitOption = Annotated[
     Path | None,
-    typer.Option("--kit", help=f"Start-up kit; ${KIT_VARIABLE} or this folder when left out."),
+    typer.Option(
+        "--kit",
+        help=f"Start-up kit; ${KIT_VARIABLE} or this folder when left out.",
+        readable=False,
+    ),
 ]
 
 

@@ -61,5 +61,6 @@ def _by_kit(paths: Iterable[str]) -> dict[str, list[str]]:
     for path in paths:
         parts = path.removesuffix(".zip").split("/")
         depth = 2 if parts[0] == "sites" else 1
-        kits.setdefault("/".join(parts[:depth]), []).append(path.rpartition("/")[2])
+        inside = "/".join(path.split("/")[depth:]) or path.rpartition("/")[2]
+        kits.setdefault("/".join(parts[:depth]), []).append(inside)
     return kits

@@ -29,25 +29,16 @@ def start(kit: KitFolder = None) -> None:
 
 @app.command()
 def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
-    """Show the server's processes, sites and runs; exit status 1 if a process is not up."""
-    from samaritan.operate.processes import states
+    """Show processes, sites and runs, and what to do; exit status 1 if the server is not well."""
     from samaritan.provision.kit import load_kit
     from server.standing import standing
 
-    found = load_kit(kit_folder(kit), "server")
-    processes = states(found.folder)
-    told = standing(found) if processes else {"sites": {}, "runs": []}
+    told = standing(load_kit(kit_folder(kit), "server"))
     if as_json:
-        print_json({"processes": processes, **told})
+        print_json(told)
     else:
-        typer.echo(states_table(processes))
-        for name, site in told["sites"].items():
-            typer.echo(f"site {name}: {site['status']}, last seen {site['last_seen'] or 'never'}")
-        for run in told["runs"]:
-            typer.echo(
-                f"run {run['name']}: round {run['round']} of {run['rounds']}, {run['state']}"
-            )
-    if not processes or any(entry["state"] != "running" for entry in processes.values()):
+        typer.echo("\n".join(_standing_lines(told)))
+    if told["problems"]:
         raise typer.Exit(1)
 
 
@@ -59,6 +50,16 @@ def stop(kit: KitFolder = None) -> None:
 
     end(load_kit(kit_folder(kit), "server").folder)
     typer.echo("stopped")
+
+
+@app.command()
+def reload(kit: KitFolder = None) -> None:
+    """Let the proxy read certificates and revocations anew; runs go on."""
+    from samaritan.operate.processes import reload as read_anew
+    from samaritan.provision.kit import load_kit
+
+    read_anew(load_kit(kit_folder(kit), "server").folder, "proxy")
+    typer.echo("the proxy has read its certificates and revocations anew")
 
 
 @app.command("stop-run")
@@ -109,6 +110,47 @@ def run(
         print_json(json.loads((folder / "summary.json").read_text("utf-8")))
     else:
         typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _standing_lines(told: dict[str, Any]) -> list[str]:
+    """How a federation stands, for people; the most important first."""
+    from datetime import datetime
+
+    from samaritan.watch import words
+
+    now = datetime.fromisoformat(told["time"])
+
+    def when(text: str) -> str:
+        moment = words.parse_time(text)
+        return "never" if moment is None else f"{words.ago(moment, now)} ({words.utc(moment, now)})"
+
+    state = told["state"]
+    lines = [f"{state['state'].upper()}  {state['sentence']}"]
+    if state["since"]:
+        lines.append(f"  since: {when(state['since'])}")
+    if state["advice"]:
+        lines.append(f"  to do: {state['advice']}")
+    lines += [f"  look:  {text}" for text in told["attention"]]
+    lines += ["", states_table(told["processes"])]
+    if not told["link"]["answers"]:
+        lines += ["", f"sites unknown: {told['link']['fault']}"]
+    elif told["sites"]:
+        lines.append("")
+    width = max((len(name) for name in told["sites"]), default=0)
+    for name, site in told["sites"].items():
+        seen = f"last seen {when(site['last_seen'])}" if site["status"] == "offline" else ""
+        last = f"round {site['last_round']}: {site['last_status']}" if site["last_round"] else ""
+        lines.append("  ".join(filter(None, (f"{name:<{width}}", site["status"], seen, last))))
+    if told["runs"]:
+        lines.append("")
+    for run in told["runs"]:
+        current = f", round {run['under_way']} under way" if run["under_way"] else ""
+        lines.append(
+            f"study {run['name']} ({run['plan'][:8]}): {run['state']}, {run['round']} of "
+            f"{run['rounds']} rounds done{current}; last event {when(run['last_event'])}; "
+            f"{run['folder']}"
+        )
+    return lines
 
 
 def _line(event: dict[str, Any], rounds: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,14 @@ from samaritan.cli.kits import KitFolder, KitOption, kit_folder, states_table
 
 app = typer.Typer(no_args_is_help=True)
 
+
+class Half(StrEnum):
+    """A part of a site that runs as a system user of its own."""
+
+    agent = "agent"
+    courier = "courier"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -19,10 +28,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def request(kit: KitFolder = None) -> None:
     """Make this site's keys and a request for its certificate."""
     from samaritan.provision.kit import load_kit
-    from samaritan.provision.requests import make_request
+    from samaritan.provision.requests import kit_fingerprints, make_request
 
-    path = make_request(load_kit(kit_folder(kit), "site"))
+    found = load_kit(kit_folder(kit), "site")
+    path = make_request(found)
+    prints = kit_fingerprints(found)
+    typer.echo(f"fingerprint of the authority (ca.crt):        {prints['authority']}")
+    typer.echo(f"fingerprint of the signer of plans (plan.pub): {prints['plan_signer']}")
+    typer.echo(f"fingerprint of this site's identity:          {prints['identity']}")
     typer.echo(f"send this file to the coordinator; it holds no secret: {path}")
+    typer.echo("then telephone the coordinator and compare all three fingerprints")
 
 
 @app.command()
@@ -95,31 +110,45 @@ def approve(
 
 
 @app.command()
-def start(kit: KitFolder = None) -> None:
+def start(
+    kit: KitFolder = None,
+    only: Annotated[
+        Half | None, typer.Option(help="Run one half; the courier's has the node with it.")
+    ] = None,
+) -> None:
     """Run the agent, the node and the courier until told to stop."""
+    from client.halves import half_folder, half_programs
     from client.processes import site_programs
     from client.settings import load_settings
     from samaritan.operate.processes import run
     from samaritan.provision.kit import load_kit
 
     found = load_kit(kit_folder(kit), "site")
-    run(found.folder, site_programs(found, load_settings(found.path("site.yaml"))))
+    settings = load_settings(found.path("site.yaml"))
+    if only is None:
+        run(found.folder, site_programs(found, settings))
+    else:
+        run(half_folder(found, only.value), half_programs(found, settings, only.value))
 
 
 @app.command()
 def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
     """Show this site's processes and studies; exit status 1 if a process is not up."""
+    import os
+
     from client.approvals import Approvals, roles_of
+    from client.halves import site_states
     from client.home import site_identity
     from client.settings import load_settings
-    from samaritan.operate.processes import states
     from samaritan.provision.kit import load_kit
 
     found = load_kit(kit_folder(kit), "site")
-    processes = states(found.folder)
+    processes = site_states(found)
     policy = load_settings(found.path("site.yaml")).policy
-    approvals = Approvals(found, roles_of(policy, site_identity(found)))
-    plans = {sha256: approvals.missing(sha256) for sha256 in approvals.known()}
+    plans = {}
+    if os.access(found.path("identity.key"), os.R_OK):  # the agent's alone, with two users
+        approvals = Approvals(found, roles_of(policy, site_identity(found)))
+        plans = {sha256: approvals.missing(sha256) for sha256 in approvals.known()}
     if as_json:
         print_json({"site": found.card.name, "processes": processes, "plans": plans})
     else:
@@ -134,8 +163,31 @@ def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
 @app.command()
 def stop(kit: KitFolder = None) -> None:
     """Stop this site's processes and wait until they are gone."""
-    from samaritan.operate.processes import stop as end
+    from client.halves import stop_site
     from samaritan.provision.kit import load_kit
 
-    end(load_kit(kit_folder(kit), "site").folder)
+    stop_site(load_kit(kit_folder(kit), "site"))
     typer.echo("stopped")
+
+
+@app.command()
+def permissions(
+    agent_user: Annotated[
+        str, typer.Option(help="System user that owns the data; name or number.")
+    ],
+    courier_user: Annotated[
+        str, typer.Option(help="System user that speaks with the server; name or number.")
+    ],
+    kit: KitFolder = None,
+) -> None:
+    """Give each of two system users the files of its half of this site; run it as root, once."""
+    from client.permissions import hand_over
+    from samaritan.provision.kit import load_kit
+
+    found = load_kit(kit_folder(kit), "site")
+    users = hand_over(found, agent_user, courier_user)
+    typer.echo(
+        f"{found.folder}: the agent's files belong to {users.agent.name}, the courier's to "
+        f"{users.courier.name}"
+    )
+    typer.echo(f"next: samaritan doctor --kit {found.folder}")

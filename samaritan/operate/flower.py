@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+_THIS_MACHINE = ("127.0.0.1", "localhost")
 
 
 def flower_program(name: str) -> tuple[str, ...]:
@@ -23,4 +26,15 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PYTHONUNBUFFERED": "1",
+        **past_proxies(),
     }
+
+
+def past_proxies() -> dict[str, str]:
+    """Settings with which a program finds others of its kit where the environment names a proxy.
+
+    A hospital's proxy cannot reach what listens on this machine alone.
+    """
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = dict.fromkeys([*filter(None, named.split(",")), *_THIS_MACHINE])
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(hosts))

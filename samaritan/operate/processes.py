@@ -19,6 +19,7 @@ from typing import Any
 
 from samaritan.errors import DeploymentError
 from samaritan.files import write_atomically
+from samaritan.operate import child
 from samaritan.operate.places import RUN, short_folder
 
 _LOG_MB, _LOGS_KEPT = 10, 5
@@ -63,6 +64,8 @@ def run(folder: Path, programs: Sequence[Program]) -> None:
         )
     path = folder / RUN / "supervisord.conf"
     write_atomically(path, configuration(folder, programs).encode(), private=True)
+    # For logs and all that programs write; the key of supervisord is for its own background mode.
+    os.umask(0o077)
     supervisord = str(Path(sys.executable).with_name("supervisord"))
     os.execv(supervisord, [supervisord, "--nodaemon", "--configuration", str(path)])  # noqa: S606
 
@@ -91,11 +94,11 @@ def stop(folder: Path) -> None:
         DeploymentError: SAM-N402 when nothing runs, SAM-N403 when they do not end.
     """
     if not _is_up(folder):
-        raise DeploymentError("SAM-N402", f"no process of {folder} is running", "Nothing to do.")
+        raise _nothing_runs(folder)
     with _supervisor(folder) as supervisor:
         supervisor.supervisor.shutdown()
     end = time.monotonic() + 3 * _STOP_WAIT_S
-    while _is_up(folder):
+    while _is_up(folder, ending=True):
         if time.monotonic() > end:
             raise DeploymentError(
                 "SAM-N403",
@@ -105,31 +108,44 @@ def stop(folder: Path) -> None:
         time.sleep(_POLL_S)
 
 
+def reload(folder: Path, name: str) -> None:
+    """Tells a process to read its files anew (SIGHUP).
+
+    Raises:
+        DeploymentError: SAM-N402 when it does not run.
+    """
+    if not _is_up(folder):
+        raise _nothing_runs(folder)
+    with _supervisor(folder) as supervisor:
+        try:
+            supervisor.supervisor.signalProcess(name, "HUP")
+        except xmlrpc.client.Fault as error:  # it is down, or has another name
+            raise _nothing_runs(folder, f"process {name}") from error
+
+
 def configuration(folder: Path, programs: Sequence[Program]) -> str:
-    """What supervisord reads."""
+    """What supervisord reads, which is to run in this process."""
     logs = folder / RUN
     lines = [
         "[unix_http_server]",
-        f"file={_socket(folder)}",
+        f"file={_escaped(str(_socket(folder)))}",
         "chmod=0700",
         "[supervisord]",
-        f"logfile={logs / 'supervisord.log'}",
+        f"logfile={_escaped(str(logs / 'supervisord.log'))}",
         f"logfile_maxbytes={_LOG_MB}MB",
         f"logfile_backups={_LOGS_KEPT}",
-        f"pidfile={logs / 'supervisord.pid'}",
-        f"childlogdir={logs}",
-        "umask=077",
+        f"pidfile={_escaped(str(logs / 'supervisord.pid'))}",
+        f"childlogdir={_escaped(str(logs))}",
         "[rpcinterface:supervisor]",
         "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
     ]
     for program in programs:
-        command = [sys.executable, "-m", "samaritan.operate.child", *program.command]
-        environment = ",".join(f'{k}="{_escaped(v)}"' for k, v in program.environment.items())
+        # The environment goes with the command: supervisord's own key for it knows no quotes.
+        command = child.command(os.getpid(), program.environment, program.command)
         lines += [
             f"[program:{program.name}]",
             f"command={_escaped(shlex.join(command))}",
             f"directory={_escaped(str(folder))}",
-            f"environment={environment}",
             f"priority={program.before}",
             "autorestart=true",
             "startsecs=2",
@@ -138,12 +154,17 @@ def configuration(folder: Path, programs: Sequence[Program]) -> str:
             "stopasgroup=true",
             "killasgroup=true",
             "redirect_stderr=true",
-            f"stdout_logfile={_escaped(str(logs / program.name))}.log",
+            # This one supervisord expands twice.
+            f"stdout_logfile={_escaped(_escaped(str(logs / program.name)))}.log",
             f"stdout_logfile_maxbytes={_LOG_MB}MB",
             f"stdout_logfile_backups={_LOGS_KEPT}",
             *([f"user={program.user}"] if program.user else []),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _nothing_runs(folder: Path, what: str = "process") -> DeploymentError:
+    return DeploymentError("SAM-N402", f"no {what} of {folder} is running", "Nothing to do.")
 
 
 def _escaped(text: str) -> str:
@@ -155,12 +176,15 @@ def _socket(folder: Path) -> Path:
     return short_folder(folder) / "supervisor.sock"
 
 
-def _is_up(folder: Path) -> bool:
+def _is_up(folder: Path, *, ending: bool = False) -> bool:
+    """Whether a supervisor takes commands; one that waits for its processes to end takes none."""
     if not _socket(folder).exists():
         return False
     try:
         with _supervisor(folder) as supervisor:
             supervisor.supervisor.getState()
+    except xmlrpc.client.Fault:
+        return ending
     except (OSError, xmlrpc.client.Error):
         return False
     return True

@@ -16,6 +16,12 @@ from samaritan.files import write_atomically
 from samaritan.operate.places import RUN
 from samaritan.operate.processes import Program
 
+_CALLS = (
+    "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages",
+    "get-run", "get-fab", "push-object", "pull-object", "confirm-message-received",
+)  # fmt: skip
+"""What Flower's nodes ask for; they do not register themselves."""
+
 _BODY_MB = 64
 """Flower sends tensors in pieces of 5 MB."""
 
@@ -52,8 +58,7 @@ def configuration(kit: Path, listen: str, port: int, link_port: int) -> str:
     folders = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temp_paths = "\n".join(f'    {n}_temp_path "{temporary / n}";' for n in folders)
     user = "user nobody nogroup;\n" if os.geteuid() == 0 else ""
-    return f"""\
-{user}worker_processes 2;
+    return rf"""{user}worker_processes 2;
 pid "{kit / RUN / "nginx.pid"}";
 error_log stderr warn;
 events {{ worker_connections 512; }}
@@ -65,6 +70,7 @@ http {{
     server_tokens off;
     client_max_body_size {_BODY_MB}m;
     proxy_request_buffering off;
+    proxy_max_temp_file_size 0;
     keepalive_timeout 75s;
     upstream link {{ server 127.0.0.1:{link_port}; keepalive 16; }}
     server {{
@@ -75,8 +81,9 @@ http {{
         ssl_client_certificate "{kit / "ca.crt"}";
         ssl_crl "{kit / "crl.pem"}";
         ssl_verify_client on;
-        location /v1/fleet/ {{
-            proxy_pass https://link;
+        # The path that was looked at is passed on, and not the one that was written.
+        location ~ ^/v1/fleet/({"|".join(_CALLS)})\z {{
+            proxy_pass https://link$uri;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_set_header Host localhost;
@@ -87,8 +94,6 @@ http {{
             proxy_ssl_session_reuse on;
             proxy_read_timeout 120s;
         }}
-        location = /v1/fleet/register-node {{ return 403; }}
-        location = /v1/fleet/unregister-node {{ return 403; }}
         location / {{ return 404; }}
     }}
 }}

@@ -109,19 +109,6 @@ class Authority:
         """Where the newest certificate of the server or a site lies."""
         return _certificate(self.folder, name)
 
-    def require_site(self, name: str) -> None:
-        """Refuses a name that no site of the project has.
-
-        Raises:
-            TrustError: SAM-K103.
-        """
-        if name not in self.project.names():
-            raise TrustError(
-                "SAM-K103",
-                f"project.yaml has no site {name!r}",
-                f"Its sites: {', '.join(self.project.names())}.",
-            )
-
     def issue_server(self, key: ec.EllipticCurvePublicKey) -> x509.Certificate:
         """Issues a certificate of the server for all its hosts.
 
@@ -130,7 +117,7 @@ class Authority:
             StorageError: When it cannot be written.
         """
         self._require_valid()
-        hosts, days = self.project.server.hosts, self.project.days(SERVER)
+        hosts, days = self.project.server.certified_hosts, self.project.days(SERVER)
         issued = certificates.certify_server(
             self._signer, key, self.project.project, hosts, certificates.now(), days
         )
@@ -156,7 +143,7 @@ class Authority:
                 another site, SAM-K109 when the authority's own certificate has ended.
             StorageError: When it cannot be written.
         """
-        self.require_site(name)
+        self._require_site(name)
         node_key = certificates.node_key(key)
         self._require_own_keys(name, node_key, identity)
         self._require_valid()
@@ -181,7 +168,7 @@ class Authority:
             name: Of a site, or `server`.
 
         Raises:
-            TrustError: SAM-K102 when the server's certificate is missing, SAM-K103 for an unknown
+            TrustError: SAM-K121 when the server's certificate is missing, SAM-K103 for an unknown
                 name, SAM-K104 for a site that has none yet, SAM-K105 for one that was revoked, and
                 what `issue_site` raises.
             StorageError: When it cannot be written.
@@ -246,12 +233,20 @@ class Authority:
         """
         if grants := self.register.sites.get(name):
             return grants
-        self.require_site(name)
+        self._require_site(name)
         raise TrustError(
             "SAM-K104",
             f"{name} has no certificate yet",
             "Ask the site for its request, and sign that with `samaritan authority sign`.",
         )
+
+    def _require_site(self, name: str) -> None:
+        if name not in self.project.names():
+            raise TrustError(
+                "SAM-K103",
+                f"project.yaml has no site {name!r}",
+                f"Its sites: {', '.join(self.project.names())}.",
+            )
 
     def _require_own_keys(self, name: str, node_key: str, identity: str) -> None:
         for other, grants in self.register.sites.items():

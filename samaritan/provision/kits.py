@@ -31,11 +31,37 @@ from samaritan.provision.requests import certificate_fingerprint, fingerprint, s
 
 AUTHORITY = "authority"
 
+HOMES = "/srv/samaritan"
+"""Where the units of systemd expect kits; each project has a folder there."""
+
+UNITS = {
+    SERVER: {
+        "start.sh": "server.start.sh",
+        "compose.yaml": "server.compose.yaml",
+        "docker/Dockerfile.cpu": "Dockerfile.cpu",
+        "systemd/samaritan-server.service": "samaritan-server.service",
+        "systemd/sysusers.d/samaritan-server.conf": "server.sysusers.conf",
+        "systemd/tmpfiles.d/samaritan-server.conf": "server.tmpfiles.conf",
+    },
+    "site": {
+        "start.sh": "site.start.sh",
+        "compose.yaml": "site.compose.yaml",
+        "compose.cuda.yaml": "site.compose.cuda.yaml",
+        "docker/Dockerfile.cpu": "Dockerfile.cpu",
+        "docker/Dockerfile.cuda": "Dockerfile.cuda",
+        "systemd/samaritan-agent.service": "samaritan-agent.service",
+        "systemd/samaritan-courier.service": "samaritan-courier.service",
+        "systemd/sysusers.d/samaritan-site.conf": "site.sysusers.conf",
+        "systemd/tmpfiles.d/samaritan-site.conf": "site.tmpfiles.conf",
+    },
+}
+"""How administrators run a kit: files of a kit by role, with their templates."""
+
 SERVER_FILES = (
     "kit.yaml", "ca.crt", "server.crt", "server.key", "crl.pem", "superexec.secret",
-    "control.secret", "server.yaml", "plan.pub", "README.md",
+    "control.secret", "server.yaml", "plan.pub", "README.md", *UNITS[SERVER],
 )  # fmt: skip
-SITE_FILES = ("kit.yaml", "ca.crt", "plan.pub", "site.yaml", "README.md")
+SITE_FILES = ("kit.yaml", "ca.crt", "plan.pub", "site.yaml", "README.md", *UNITS["site"])
 SHIPPED_FILES = ("site.crt", "site.key", "node.key", "node.pub", "identity.key")
 """What a site's kit holds too where its private keys are made for it."""
 
@@ -154,7 +180,7 @@ def _make_server(authority: Authority, folder: Path) -> None:
     issued = authority.certificate(SERVER)
     if issued.is_file():
         hosts = certificates.server_hosts(certificates.read_certificate(issued))
-        if hosts != set(authority.project.server.hosts):
+        if hosts != set(authority.project.server.certified_hosts):
             authority.renew(SERVER)
         return
     _begin_kit(authority, SERVER, folder)
@@ -199,7 +225,8 @@ def _write_kits(authority: Authority, out: Path) -> list[Path]:
     kits |= {_site_folder(out, site): site for site in authority.project.names()}
     absent = []
     for folder, name in kits.items():
-        if not _is_kit(folder, _plan_signer(authority)):
+        key = "server.key" if name == SERVER else "site.key" if shipped else "kit.yaml"
+        if not _is_kit(folder, _plan_signer(authority)) or not (folder / key).is_file():
             absent.append(folder)
         elif name == SERVER:
             _write_server_kit(authority, folder)
@@ -212,12 +239,15 @@ def _write_kits(authority: Authority, out: Path) -> list[Path]:
 
 def _is_kit(folder: Path, plan_signer: str) -> bool:
     """Whether a folder is a kit of this consortium, and not something else of that name."""
-    path = folder / "kit.yaml"
+    card = _card(folder)
+    return card is not None and card.plan_signer == plan_signer
+
+
+def _card(folder: Path) -> Card | None:
     try:
-        card = Card.model_validate(yaml.safe_load(path.read_text("utf-8")))
+        return Card.model_validate(yaml.safe_load((folder / "kit.yaml").read_text("utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return card.plan_signer == plan_signer
+        return None
 
 
 def _write_server_kit(authority: Authority, folder: Path) -> None:
@@ -256,33 +286,34 @@ def _write_card(authority: Authority, name: str, folder: Path) -> None:
         port=project.server.port,
         plan_signer=_plan_signer(authority),
         samaritan=__version__,
-    ).model_dump(mode="json")
-    path = folder / "kit.yaml"
-    if path.is_file():
-        old = yaml.safe_load(path.read_text("utf-8"))
-        if isinstance(old, dict) and old | {"samaritan": __version__} == card:
-            return
-    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
-    _write(path, text.encode())
+    )
+    old = _card(folder)
+    if old is None or old.model_copy(update={"samaritan": __version__}) != card:
+        tree = card.model_dump(mode="json")
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        write_atomically(folder / "kit.yaml", text.encode())
 
 
 def _write_texts(authority: Authority, name: str, folder: Path) -> None:
-    """Writes README.md, and the settings unless they are there: people have edited them."""
+    """Writes the texts of a kit, and the settings unless there are some: people edit them."""
     role = SERVER if name == SERVER else "site"
     project = authority.project
-    certificate = folder / f"{role}.crt"
     made_here = name == SERVER or project.keys == "shipped"
     facts: dict[str, Any] = {
         "project": project,
         "name": name,
         "host": project.server.hosts[0],
         "port": project.server.port,
+        "home": f"{HOMES}/{project.project}/{role}",
         "days": project.days(name),
         "authority_until": _end(authority.folder / "ca.crt"),
         # Of a site that makes its own keys, the coordinator's copy of the kit has no certificate.
-        "certificate_until": _end(certificate) if made_here else None,
+        "certificate_until": _end(authority.certificate(name)) if made_here else None,
     }
     _write(folder / "README.md", _TEXTS.get_template(f"{role}.md").render(facts).encode())
+    for path, template in UNITS[role].items():
+        _write(folder / path, _TEXTS.get_template(template).render(facts).encode())
+    (folder / "start.sh").chmod(0o755)
     if not (folder / f"{role}.yaml").exists():
         _write(folder / f"{role}.yaml", _TEXTS.get_template(f"{role}.yaml").render(facts).encode())
 
@@ -300,7 +331,7 @@ def _pack(folder: Path, names: tuple[str, ...]) -> None:
     with zipfile.ZipFile(packed, "w") as archive:
         for path in (folder, *paths):
             mode = path.stat().st_mode
-            end = "/" if path == folder else f"/{path.name}"
+            end = "/" if path == folder else f"/{path.relative_to(folder).as_posix()}"
             entry = zipfile.ZipInfo(folder.name + end)
             entry.create_system = 3  # where modes mean something
             entry.external_attr = mode << 16

@@ -22,6 +22,8 @@ SERVER = "server"
 _NAME_BYTES = 64
 """What the common name of a certificate can hold."""
 
+_OWN_HOSTS = ("localhost", "127.0.0.1")
+
 _DNS_LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 
 
@@ -81,6 +83,11 @@ class ServerEntry(Section):
     """The one port that sites must reach."""
     valid_days: Days | None = None
     """How long its certificate is good; `valid_days` of the project when left out."""
+
+    @property
+    def certified_hosts(self) -> tuple[str, ...]:
+        """All names in the certificate: the server's own processes meet on this machine."""
+        return (*self.hosts, *(host for host in _OWN_HOSTS if host not in self.hosts))
 
     @field_validator("hosts")
     @classmethod

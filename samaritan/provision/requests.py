@@ -200,7 +200,6 @@ def sign_request(authority: Path, path: Path) -> Signed:
                 f"{opened.project.project}",
                 "Name the authority of that project, or ask the site for its request.",
             )
-        opened.require_site(request.site)
         key = certificates.check_request(request.csr, request.site)
         if certificates.node_key(key) != request.node_key:
             raise TrustError(

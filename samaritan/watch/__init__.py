@@ -1,0 +1,1 @@
+"""Watching a kit at work: a page for people, /health, /status.json and /metrics, read-only."""
