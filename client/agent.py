@@ -31,6 +31,7 @@ from samaritan.shares import CONTROL, Shares, noisy_sites, shares, tells_scores
 from samaritan.training.drift import control_change
 from samaritan.training.evaluate import evaluate_cases, mean_dice
 from samaritan.training.local import Schedule, StepCallback, round_seed, train_locally
+from samaritan.training.metrics import case_mean, mean
 from samaritan.training.private import train_privately
 
 Metrics = dict[str, float | int | str]
@@ -243,7 +244,8 @@ class SiteAgent:
         """Scores an adapter, with the site's personal part, on the site's validation cases.
 
         Returns:
-            `dice` (mean over cases; left out where the site has none), `num-cases`, `seconds`.
+            `dice` (mean over cases; left out where the site has none), `num-cases`, `seconds`; in
+            the last round of a deployment, whose server sees no case, also `hd95-mm` and `nsd`.
 
         Raises:
             SamaritanError: When the instruction or adapter does not fit, or a case cannot be read.
@@ -258,15 +260,21 @@ class SiteAgent:
             )
         received = self.exchange.receive(payload, instruction)
         self.model.load(self.personalised(received, instruction.used_round))
+        last = bool(self.plan_sha256) and instruction.server_round == instruction.rounds
         results = evaluate_cases(
-            self.model.segmenter, self.cache, self.val_cases, self.config.evaluation
+            self.model.segmenter, self.cache, self.val_cases, self.config.evaluation, surfaces=last
         )
-        dice = mean_dice(results)
+        found = {"dice": mean_dice(results)}
+        if last:
+            found |= {
+                name: mean([case_mean(r.scores, metric) for r in results])
+                for name, metric in (("hd95-mm", "hd95_mm"), ("nsd", "nsd"))
+            }
         metrics: Metrics = {
             "num-cases": len(results),
             "seconds": time.monotonic() - begun,
         }
-        return metrics if dice is None else metrics | {"dice": dice}
+        return metrics | {name: value for name, value in found.items() if value is not None}
 
     def personalised(self, adapter: AdapterState, used_round: int) -> AdapterState:
         """An adapter of the server with what the site kept for itself up to a round."""

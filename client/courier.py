@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from client.app import make_client_app
 from client.home import SOCKET_VARIABLE
 from client.socket import AgentSocket
+
+_register_signal_handlers: Callable[..., None] = vars(runtime)["register_signal_handlers"]
 
 
 class _Bundle:
@@ -36,10 +39,27 @@ class _Bundle:
         return lambda *_: make_client_app(lambda context: agent, self.sha256)
 
 
+def _end_at_once(*arguments: Any, **named: Any) -> None:
+    """Flower's handlers for a normal end, and none for signals.
+
+    A courier that Flower ends gently reports a task that failed and sends no answer, for which the
+    node then waits for ever. One that is simply gone is noticed within a minute.
+    """
+    _register_signal_handlers(*arguments, **named)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> NoReturn:
     """Answers one message."""
     bundle = _Bundle()
-    vars(runtime).update(install_from_fab=bundle.note, get_load_client_app_fn=bundle.app_loader)
+    vars(runtime).update(
+        install_from_fab=bundle.note,
+        get_load_client_app_fn=bundle.app_loader,
+        register_signal_handlers=_end_at_once,
+        # Without its starter a courier still knows its way.
+        start_parent_process_monitor=lambda *_: None,
+    )
     flwr_clientapp()
     sys.exit(0)
 

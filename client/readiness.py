@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from samaritan.errors import SamaritanError
 from samaritan.models.count import count_trained, trained_shapes
 from samaritan.models.memory import require_memory
 from samaritan.operate.checks.finding import Finding, fault, fine, missing, note
-from samaritan.operate.checks.users import ENTER, READ, User, has_acl
+from samaritan.operate.checks.users import ENTER, READ, User, has_acl, this_user
 from samaritan.plan import Plan, read_plan, require_current
 from samaritan.provision.kit import Kit
 
@@ -31,6 +32,11 @@ def data(settings: SiteSettings, users: Users) -> Iterator[Finding]:
     """The list of cases, and who can read them; no image is opened."""
     root = Path(settings.data)
     agent, courier = users.agent, users.courier
+    if this_user().uid not in (0, agent.uid):
+        yield note(
+            "data", f"are {agent.name}'s; they were not looked at", f"Look as root or {agent.name}."
+        )
+        return
     if not agent.may(root, READ | ENTER):
         yield missing(
             "data",
@@ -104,6 +110,10 @@ def _kept_from(courier: User, root: Path, dataset: Dataset) -> Iterator[Finding]
 
 def plans(kit: Kit, settings: SiteSettings) -> Generator[Finding, None, list[Plan]]:
     """The plans people here have approved; returns those that this site may work on now."""
+    key = kit.path("identity.key")
+    if key.is_file() and not os.access(key, os.R_OK):
+        yield note("plans", "this user cannot read the key of the site", "Look as root.")
+        return []
     try:
         identity = site_identity(kit)
         approvals = Approvals(kit, roles_of(settings.policy, identity))

@@ -67,6 +67,11 @@ def _site_entry(trained: Reply | None, scored: Reply | None) -> dict[str, Any]:
     return {
         "train_loss": training.get("train-loss"),
         "dice": scoring.get("dice"),
+        **{
+            name.replace("-", "_"): scoring[name]
+            for name in ("num-cases", "hd95-mm", "nsd")
+            if name in scoring
+        },
         "num_examples": training.get("num-examples"),
         "steps": training.get("steps"),
         "update_sha256": trained.update_sha256 if trained else "",

@@ -36,8 +36,8 @@ def write_outcome(run_dir: Path, plan: Plan, model: AdaptedModel, state: Checkpo
 def summary(plan: Plan, model: AdaptedModel, state: Checkpoint) -> dict[str, Any]:
     """What is known at the server.
 
-    Scores are those that the sites told of the adapter that was kept. HD95, NSD and scores by
-    structure and case stay at the sites.
+    Scores are those that the sites told of the adapter that was kept; HD95 and NSD are told in the
+    last round alone. Scores by structure and by case stay at the sites.
     """
     config = plan.config
     told = [entry for site in state.history for entry in site["sites"].values()]
@@ -112,18 +112,25 @@ def _examples(state: Checkpoint, site: str) -> int | None:
 def _final(plan: Plan, state: Checkpoint) -> dict[str, Any]:
     kept = [entry for entry in state.history if entry["round"] == state.server_round]
     sites = kept[-1]["sites"] if kept else {}
+    cases = [int(told["num_cases"]) for told in sites.values() if told.get("num_cases")]
     return {
         "dice_mean": kept[-1]["dice_mean"] if kept else None,
         "dice_per_class": {},
-        "hd95_mm_mean": None,
-        "nsd_mean": None,
+        "hd95_mm_mean": _mean_over_cases(sites, "hd95_mm"),
+        "nsd_mean": _mean_over_cases(sites, "nsd"),
         "dice_per_site": {
             site: told["dice"] for site, told in sites.items() if told["dice"] is not None
         },
-        "cases": None,
+        "cases": sum(cases) or None,
         "excluded_cases": None,
         "unlabelled": {},
         "empty_rule": EMPTY_RULE,
         "nsd_tolerance_mm": plan.config.evaluation.nsd_tolerance_mm,
         "oracle_prompts": plan.config.evaluation.prompts,
     }
+
+
+def _mean_over_cases(sites: dict[str, Any], metric: str) -> float | None:
+    told = [(site[metric], site["num_cases"]) for site in sites.values() if metric in site]
+    cases = sum(count for _, count in told)
+    return sum(value * count for value, count in told) / cases if cases else None

@@ -24,6 +24,8 @@ _RANGES = {
     "steps": (0.0, _MOST),
     "num-cases": (0.0, _MOST),
     "dice": (0.0, 1.0),
+    "hd95-mm": (0.0, _MOST),
+    "nsd": (0.0, 1.0),
     "seconds": (0.0, _MOST),
 }
 """Every metric the server reads, with the lowest and highest value it believes."""

@@ -260,3 +260,11 @@ def check_override(value: str, line: str) -> None:
     key, equals, _ = value.partition("=")
     assert equals, f"{line}: --set {value} is not key=value"
     assert key in {*config_keys(), "key"}, f"{line}: there is no key {key}"
+
+
+def test_every_test_the_page_of_faults_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs/faults.md").read_text())
+    assert len(named) > 50
+    for file, test in named:
+        text = (ROOT / "tests" / file).read_text("utf-8")
+        assert f"def {test}(" in text or not test, f"{file}::{test}"

@@ -122,7 +122,8 @@ def numbers_told(config: Config, kind: str) -> tuple[str, ...]:
     from samaritan.shares import noisy_sites, tells_scores  # torch, which settings do without
 
     if kind == "evaluate":
-        return ("dice", "num-cases", "seconds") if tells_scores(config) else ()
+        told = ("dice", "num-cases", "seconds", "hd95-mm", "nsd")  # the last two of the last round
+        return told if tells_scores(config) else ()
     if kind != "train":
         return ()
     if noisy_sites(config):

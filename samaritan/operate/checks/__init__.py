@@ -1,0 +1,1 @@
+"""What `samaritan doctor` looks at: files, certificates, clock, network, ports and users."""
