@@ -473,8 +473,11 @@ def test_a_certificate_that_is_no_certificate(trial: Trial) -> None:
 def test_a_node_key_that_is_another(trial: Trial) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     trial.kit.path("node.key").write_bytes(certificates.openssh(key))
-    found = [finding for finding in looked(trial) if finding.what == "node.key"]
-    assert [finding.code for finding in found] == ["", "SAM-N620"]
+    for text in (None, certificates.node_key(key.public_key())):  # with its own public half too
+        if text is not None:
+            trial.kit.path("node.pub").write_text(text)
+        found = [finding for finding in looked(trial) if finding.what == "node.key"]
+        assert [finding.code for finding in found] == ["", "SAM-N620"]
 
 
 def test_a_public_node_key_that_is_another(trial: Trial) -> None:
@@ -1187,7 +1190,7 @@ def test_another_checkpoint_than_the_plans(trial: Trial) -> None:
     findings = list(site_findings(trial.kit, told.append))
     assert about(findings, "checkpoint").found == f"base.pth, 40 MB, as planned ({sha256[:16]})"
     assert told == [f"reading base.pth: {share}" for share in ("42%", "84%", "100%")]
-    trial.kit.path("base.pth").write_bytes(content[:-1] + b"x")
+    trial.kit.path("base.pth").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     found = about(looked(trial), "checkpoint")
     assert (found.ok, found.code) == (False, "SAM-N654")
     assert f"study liver has {sha256[:16]}" in found.found

@@ -274,7 +274,7 @@ def test_a_site_goes_on_from_the_control_and_the_tensors_it_kept(tmp_path, monke
         return SimpleNamespace(loss=0.5, steps=1, seconds=0.1, mean_gradient=gradient)
 
     monkeypatch.setattr("client.agent.train_locally", train)
-    monkeypatch.setattr("client.agent.evaluate_cases", lambda *arguments: [])
+    monkeypatch.setattr("client.agent.evaluate_cases", lambda *arguments, **keys: [])
     sent = public_state(config, initial) | {CONTROL + shared: torch.full((2,), 3.0)}
     exchange = Exchange("a", config, public_state(config, initial), KnownStates(2))
     memory = Memory(tmp_path)

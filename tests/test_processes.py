@@ -77,9 +77,10 @@ def test_supervisord_reads_what_was_meant(tmp_path: Path, name: str) -> None:
     groups = {group.name: group for group in options.process_group_configs}
     (found,) = groups["first"].process_configs
     words = shlex.split(found.command)
-    supervisor, *settings = words[3 : words.index("--")]
+    supervisor, mark, *settings = words[3 : words.index("--")]
     assert words[:3] == [sys.executable, "-m", "samaritan.operate.child"]
     assert int(supervisor) == os.getpid()  # supervisord takes the place of the process that asks
+    assert mark == str(folder / "run/first.group")
     assert settings == [f"{key}={value}" for key, value in environment.items()]
     assert words[words.index("--") + 1 :] == list(command)
     assert found.directory == str(folder)
@@ -219,7 +220,7 @@ def test_what_processes_write_is_the_owners_alone(tmp_path: Path, supervised: An
     )
     supervised(tmp_path, code, LOOP)
     both_run(tmp_path)
-    assert (tmp_path / "run/supervisor.sock").stat().st_mode & 0o777 == 0o700
+    assert (places.short_folder(tmp_path) / "supervisor.sock").stat().st_mode & 0o777 == 0o700
     wait_for((tmp_path / "made").exists, "it has written something")
     for name in ("run/supervisord.conf", "run/supervisord.log", "run/one.log", "made"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600, name
@@ -241,14 +242,75 @@ def test_a_supervisor_that_is_killed_leaves_nothing_behind(tmp_path: Path, super
 def test_a_program_whose_supervisor_ended_before_it_began_does_not_begin(tmp_path: Path) -> None:
     from samaritan.operate import child
 
-    mark = tmp_path / "a=b=c"
+    made = tmp_path / "a=b=c"
     gone = subprocess.Popen(["true"])
     gone.wait()
     for supervisor, begins in ((gone.pid, False), (os.getpid(), True)):
-        command = child.command(supervisor, {"MARK": str(mark)}, ("sh", "-c", 'touch "$MARK"'))
-        done = subprocess.run(command, cwd=ROOT, check=False)
+        command = child.command(
+            supervisor, tmp_path / "group", {"MADE": str(made)}, ("sh", "-c", 'touch "$MADE"')
+        )
+        done = subprocess.run(command, cwd=ROOT, check=False, start_new_session=True)
         assert (done.returncode == 0) == begins
-        assert mark.exists() == begins
+        assert made.exists() == begins
+
+
+LEAVES_ONE = (
+    "import os, pathlib, subprocess, sys, time\n"
+    "kit = pathlib.Path(os.environ['KIT'])\n"
+    "code = 'import signal, time; signal.signal(15, lambda *_: None)\\nwhile 1: time.sleep(0.05)'\n"
+    "code = code if (kit / 'stubborn').exists() else 'import time; time.sleep(600)'\n"
+    "left = subprocess.Popen([sys.executable, '-c', code])\n"
+    "(kit / f'left-{left.pid}').touch()\n"
+    "while True: time.sleep(0.05)\n"
+)
+"""A program with a process that outlives it, as nginx has workers."""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_a_killed_program_has_left_behind_ends_before_it_is_started_anew(
+    tmp_path: Path, supervised: Any, monkeypatch: pytest.MonkeyPatch, stubborn: bool
+) -> None:
+    if stubborn:
+        (tmp_path / "stubborn").touch()
+    supervised(tmp_path, LEAVES_ONE, LOOP)
+    pids = both_run(tmp_path)
+
+    def left() -> set[int]:
+        return {int(path.name.removeprefix("left-")) for path in tmp_path.glob("left-*")}
+
+    (first,) = wait_for(left, "it has one")
+    other = subprocess.Popen(["sleep", "600"], cwd=tmp_path, start_new_session=True)
+    if stubborn:
+        time.sleep(0.2)  # until it takes no notice of SIGTERM
+    os.kill(pids["one"], signal.SIGKILL)
+    wait_for(lambda: len(left()) == 2, "it was started anew")
+    assert not is_alive(first)
+    (second,) = left() - {first}
+    assert is_alive(second)
+    assert is_alive(pids["two"])
+    assert other.poll() is None  # it works in the same folder, and is another's
+    other.kill()
+    other.wait()
+    stop(tmp_path)
+    wait_for(lambda: not is_alive(second), "all have ended")
+
+
+def test_a_group_of_that_number_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    from samaritan.operate import child
+
+    other = subprocess.Popen(["sleep", "600"], cwd="/", start_new_session=True)
+    mark = tmp_path / "group"
+    mark.write_text(str(other.pid))
+    command = child.command(os.getpid(), mark, {}, ("true",))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert other.poll() is None
+    assert int(mark.read_text()) != other.pid
+    other.kill()
+    other.wait()
 
 
 def test_a_second_start_is_refused_and_harms_nothing(tmp_path: Path, supervised: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -24,12 +26,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from samaritan.errors import DeploymentError
+from samaritan.operate import child
 from samaritan.operate import proxy as proxy_module
 from samaritan.operate.proxy import configuration, proxy_program
 from samaritan.provision import certificates
 from samaritan.provision.authority import open_authority
 from samaritan.provision.kits import provision, refresh_kits
 
+ROOT = Path(__file__).resolve().parents[1]
 needs_nginx = pytest.mark.skipif(
     shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None,
     reason="nginx is not installed",
@@ -589,6 +593,41 @@ def test_a_site_that_is_revoked_is_turned_away_after_a_reload(tmp_path: Path, ve
         assert upstream.seen == []
     server.shutdown()
     server.server_close()
+
+
+@needs_nginx
+def test_workers_of_a_proxy_that_was_killed_do_not_go_on(proxied: Proxied, tmp_path: Path) -> None:
+    """They would hold the port, and let in who was revoked since."""
+    kit, port, old = tmp_path / "kit", free_port(), set[str]()
+    shutil.copytree(proxied.kits / "server", kit)
+    program = proxy_program(kit, "127.0.0.1", port, proxied.port)
+    command = child.command(os.getpid(), kit / "run/proxy.group", {}, program.command)
+    for _ in range(2):
+        process = subprocess.Popen(
+            command, cwd=kit, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        end = time.monotonic() + 20
+        while not (now := workers(process.pid)) or b"operate" in cmdline(process.pid):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert not any(cmdline(int(worker)) for worker in old)
+        assert proxied.ask("GET", "/", port=port)[0] == 404
+        old = now
+        process.kill()
+        process.wait(20)
+        assert all(cmdline(int(worker)) for worker in old)
+    for worker in old:
+        os.kill(int(worker), signal.SIGTERM)
+
+
+def cmdline(process: int) -> bytes:
+    """What a process runs; nothing where there is none."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @needs_nginx

@@ -25,6 +25,7 @@ from samaritan.operate.places import RUN, short_folder
 _LOG_MB, _LOGS_KEPT = 10, 5
 _STOP_WAIT_S = 10
 _POLL_S = 0.2
+_GROUP = ".group"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def stop(folder: Path) -> None:
                 f"Look at the logs in {folder / RUN}, then end the supervisord process by hand.",
             )
         time.sleep(_POLL_S)
+    for mark in (folder / RUN).glob(f"*{_GROUP}"):  # a program may leave some behind
+        child.end_group(mark, folder)
 
 
 def reload(folder: Path, name: str) -> None:
@@ -141,7 +144,8 @@ def configuration(folder: Path, programs: Sequence[Program]) -> str:
     ]
     for program in programs:
         # The environment goes with the command: supervisord's own key for it knows no quotes.
-        command = child.command(os.getpid(), program.environment, program.command)
+        mark = logs / f"{program.name}{_GROUP}"
+        command = child.command(os.getpid(), mark, program.environment, program.command)
         lines += [
             f"[program:{program.name}]",
             f"command={_escaped(shlex.join(command))}",
