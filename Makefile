@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.communication
 	$(BIN)/python -m benchmarks.private_step
 	$(BIN)/python -m benchmarks.secure_sum
+	$(BIN)/python -m benchmarks.deployment
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """`flwr-clientapp` of a site: Flower's program, with this site's own code in place of the bundle's.
 
-Flower starts it for every message. It neither unpacks nor runs what the server ships: it notes the
+It is started for every message. It neither unpacks nor runs what the server ships: it notes the
 hash of the bundle, which the agent compares with the approved plan, and carries the message to the
 agent's socket. The private names of Flower it needs live here; flwr is pinned for them.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import flwr.supernode.runtime.run_clientapp as runtime
 from flwr.clientapp import ClientApp
-from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from client.app import make_client_app
 from client.home import SOCKET_VARIABLE
@@ -50,19 +48,17 @@ def _end_at_once(*arguments: Any, **named: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def main() -> NoReturn:
-    """Answers one message."""
+def carry(node: str, token: str) -> None:
+    """Answers one message.
+
+    Args:
+        node: Address of the site's node, on this machine.
+        token: Of the message, from the node.
+    """
     bundle = _Bundle()
     vars(runtime).update(
         install_from_fab=bundle.note,
         get_load_client_app_fn=bundle.app_loader,
         register_signal_handlers=_end_at_once,
-        # Without its starter a courier still knows its way.
-        start_parent_process_monitor=lambda *_: None,
     )
-    flwr_clientapp()
-    sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    runtime.run_clientapp(node, token, insecure=True, runtime_dependency_install=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from client.home import CERTIFICATE_VARIABLE, KEY_VARIABLE, SOCKET, SOCKET_VARIA
 from client.settings import SiteSettings
 from samaritan.errors import TrustError
 from samaritan.files import write_atomically
-from samaritan.operate.flower import flower_environment, flower_program
+from samaritan.operate.flower import flower_environment
 from samaritan.operate.places import RUN
 from samaritan.operate.processes import Program
 from samaritan.provision.kit import Kit
@@ -62,7 +61,6 @@ def courier_programs(kit: Kit, settings: SiteSettings, run: Path) -> list[Progra
     run.mkdir(0o755, exist_ok=True)
     secret = run / "courier.secret"
     write_atomically(secret, base64.b64encode(secrets.token_bytes(48)), private=True)
-    _write_courier(run / "bin" / "flwr-clientapp")
     runtime = f"127.0.0.1:{settings.node_port}"
     home = flower_environment(run / "flower")
     certified = {
@@ -71,7 +69,6 @@ def courier_programs(kit: Kit, settings: SiteSettings, run: Path) -> list[Progra
     }
     carried = {
         SOCKET_VARIABLE: str(kit.path(*SOCKET)),
-        "PATH": f"{run / 'bin'}:{Path(sys.executable).parent}:{os.defpath}",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     }
     node = (
@@ -82,16 +79,10 @@ def courier_programs(kit: Kit, settings: SiteSettings, run: Path) -> list[Progra
         "--host", "127.0.0.1", "--port", str(settings.node_port),
     )  # fmt: skip
     courier = (
-        *flower_program("flower-superexec"), "--insecure", "--runtime-api-address", runtime,
+        sys.executable, "-m", "client.starter", "--insecure", "--runtime-api-address", runtime,
         "--superexec-auth-secret-file", str(secret),
     )  # fmt: skip
     return [
         Program("node", node, home | certified, before=20),
         Program("courier", courier, home | carried, before=30),
     ]
-
-
-def _write_courier(path: Path) -> None:
-    """Flower finds this before its own program of the name."""
-    write_atomically(path, f'#!/bin/sh\nexec "{sys.executable}" -m client.courier "$@"\n'.encode())
-    path.chmod(0o755)

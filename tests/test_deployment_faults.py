@@ -226,7 +226,9 @@ def kill_agent(consortium):
 
 
 def kill_courier(consortium):
-    (courier,) = children(consortium.pid(consortium.site("Ahus"), "courier"), "client.courier")
+    """The copy of the process that has imported everything."""
+    (original,) = children(consortium.pid(consortium.site("Ahus"), "courier"), "client.courier")
+    (courier,) = children(original)
     os.kill(courier, signal.SIGKILL)
 
 

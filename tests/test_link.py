@@ -803,7 +803,14 @@ PRIVATE = {
     "client/courier.py": [
         "flwr.supernode.runtime.run_clientapp:install_from_fab",
         "flwr.supernode.runtime.run_clientapp:get_load_client_app_fn",
-        "flwr.supernode.cli.flwr_clientapp:flwr_clientapp",
+        "flwr.supernode.runtime.run_clientapp:register_signal_handlers",
+        "flwr.supernode.runtime.run_clientapp:run_clientapp",
+    ],
+    "client/starter.py": [
+        "flwr.supercore.superexec.run_superexec:get_executor",
+        "flwr.supercore.superexec.executor:SubprocessExecutor.get_eligible_capacity",
+        "flwr.supercore.superexec.executor:SubprocessExecutor.launch",
+        "flwr.supercore.cli.flower_superexec:flower_superexec",
     ],
     "client/node.py": [
         "flwr.supernode.fleet_http_connection:FleetHttpClient.from_server_address",
@@ -838,6 +845,7 @@ def test_private_names_of_flower_are_still_there(file: str, name: str) -> None:
 def test_flower_still_uses_what_is_put_in_place_of_its_own() -> None:
     """A name that is there and not looked up when it is called would be patched for nothing."""
     from flwr.supercore.protobuf.client import ProtobufClient
+    from flwr.supercore.superexec import run_superexec
     from flwr.superlink import main
     from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.runtime import run_clientapp
@@ -846,6 +854,8 @@ def test_flower_still_uses_what_is_put_in_place_of_its_own() -> None:
         "server/link.py": (main, "*extensions.get_middleware(),\n"),
         "client/courier.py": (run_clientapp, "install_from_fab("),
         "client/courier.py, too": (run_clientapp, "get_load_client_app_fn("),
+        "client/courier.py, ends": (run_clientapp, "    register_signal_handlers("),
+        "client/starter.py": (run_superexec, "executor = get_executor("),
         "client/node.py": (fleet_http_connection, "FleetHttpClient.from_server_address("),
         "client/node.py, too": (start_client_internal, "time.sleep("),
     }

@@ -364,7 +364,6 @@ def test_a_half_runs_its_own_programs(site: Path) -> None:
         words = list(program.command)
         assert words[words.index("--superexec-auth-secret-file") + 1] == str(own / "courier.secret")
     assert found["courier"].environment["SAMARITAN_AGENT_SOCKET"] == str(site.joinpath(*SOCKET))
-    assert found["courier"].environment["PATH"].startswith(str(own / "bin"))
     assert stat.S_IMODE((own / "courier.secret").stat().st_mode) == 0o600
 
 
@@ -563,8 +562,8 @@ def test_every_file_gets_its_owner(open_site: Path) -> None:
     (open_site / "log/site.jsonl").write_text("{}\n")
     (open_site / "secure_sums.jsonl").touch()
     (open_site / "note of somebody").touch()
-    (open_site / "courier/run/bin").mkdir(parents=True)
-    program = open_site / "courier/run/bin/flwr-clientapp"
+    (open_site / "courier/run/flower").mkdir(parents=True)
+    program = open_site / "courier/run/flower/program"
     program.touch(0o755)
     hand_over(load_kit(open_site, "site"), AGENT, COURIER)
     agent, courier = find_user(AGENT), find_user(COURIER)
@@ -585,9 +584,9 @@ def test_every_file_gets_its_owner(open_site: Path) -> None:
         assert told(name) == (agent.uid, agent.gid, 0o600), name
     for name in ("state", "log", "plans", "approvals"):
         assert told(name) == (agent.uid, agent.gid, 0o700), name
-    for name in ("courier", "courier/run", "courier/run/bin"):
+    for name in ("courier", "courier/run", "courier/run/flower"):
         assert told(name) == (courier.uid, courier.gid, 0o700), name
-    assert told("courier/run/bin/flwr-clientapp") == (courier.uid, courier.gid, 0o700)
+    assert told("courier/run/flower/program") == (courier.uid, courier.gid, 0o700)
 
 
 @as_root
