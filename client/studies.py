@@ -15,6 +15,7 @@ from client.agent import SiteAgent
 from client.approvals import Approvals, require_member, roles_of
 from client.assembly import Homes, Progress, assemble
 from client.exchange import KnownStates
+from client.pinned import pin_cases
 from client.restraint import Restraint
 from client.settings import SiteSettings
 from samaritan import __version__
@@ -110,7 +111,9 @@ class Studies:
         initial = at_rank(model.state(), config.peft.site_ranks.get(site))
         require_agreement(self.settings.policy, plan, tuple(initial))
         cases = self._cases(config)
-        homes = Homes(self.kit.path("state", plan.sha256[:16]), self.kit.folder, self.kit.folder)
+        state = self.kit.path("state", plan.sha256[:16])
+        cases_sha256, left = pin_cases(state / "cases.json", cases)
+        homes = Homes(state, self.kit.folder, self.kit.folder)
         identities = {}
         if config.federation.secure_aggregation:
             identities = {s: bytes.fromhex(plan.sites[s].identity) for s in plan.training_sites}
@@ -126,6 +129,9 @@ class Studies:
             plan=plan.sha256,
             base_sha256=model.base.sha256,
             base=plan.base.name,
+            cases=len(cases),
+            cases_left=left,
+            cases_sha256=cases_sha256,
             milliseconds=int(1000 * (time.monotonic() - begun)),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -14,6 +15,8 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -210,8 +213,6 @@ def consortium(tmp_path_factory):
 @pytest.fixture
 def kit(consortium, tmp_path):
     """A copy of the kit of Ahus."""
-    import shutil
-
     shutil.copytree(consortium / "kits/sites/Ahus", tmp_path / "kit")
     settings(tmp_path / "kit", consortium)
     return load_kit(tmp_path / "kit", "site")
@@ -397,6 +398,50 @@ def test_a_study_is_loaded_once_and_the_log_says_so(kit, plan, ready, signer):
     assert loaded[0]["peak_rss_bytes"] > 1e8
     assert agent.hello()["plan-sha256"] == plan().sha256
     assert {case.site for case in agent.train_cases} == {"Ahus"}
+
+
+@pytest.fixture
+def own_cases(consortium, tmp_path):
+    """A copy of the site's cases, and the lines of its manifest."""
+    shutil.copytree(consortium / "data/Ahus", tmp_path / "cases")
+    return tmp_path / "cases", (tmp_path / "cases/manifest.csv").read_text().splitlines()
+
+
+def test_a_study_keeps_the_cases_it_began_with(kit, plan, ready, signer, own_cases):
+    folder, (head, *lines) = own_cases
+    approved(kit, plan(), signer)
+
+    def load(lines):
+        """As after a restart of the agent."""
+        (folder / "manifest.csv").write_text("\n".join([head, *lines]) + "\n")
+        ready(data=str(folder)).find(hello(plan()))
+        return [e for e in entries(kit) if e["type"] == "study_loaded"][-1]
+
+    begun = load(lines[1:])
+    assert (begun["cases"], begun["cases_left"]) == (len(lines) - 1, 0)
+    assert load(lines[1:])["cases_sha256"] == begun["cases_sha256"]
+    # Whoever takes the consent back is out, and that is no fault.
+    fewer = load(lines[2:])
+    assert (fewer["cases"], fewer["cases_left"]) == (len(lines) - 2, 1)
+    assert fewer["cases_sha256"] != begun["cases_sha256"]
+    with pytest.raises(DataError, match=r"1 came \(") as caught:
+        load(lines)
+    assert caught.value.code == "SAM-D311"
+    assert load(lines[1:])["cases_left"] == 0  # the first ones may come back
+    label = folder / "labels/phantom_01_002.nii.gz"
+    image = nibabel.load(label)
+    values = np.asarray(image.dataobj).copy()
+    values[0, 0, 0] = 1 - values[0, 0, 0]
+    nibabel.save(nibabel.Nifti1Image(values, image.affine, image.header), label)
+    with pytest.raises(DataError, match=r"1 changed \("):
+        load(lines[1:])
+    kept = kit.path("state", plan().sha256[:16], "cases.json")
+    kept.unlink()
+    assert load(lines[1:])["cases_left"] == 0  # as the hint says
+    kept.write_text("{")
+    with pytest.raises(DataError) as caught:
+        load(lines[1:])
+    assert caught.value.code == "SAM-D312"
 
 
 def entries(kit):
