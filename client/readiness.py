@@ -19,8 +19,9 @@ from samaritan.errors import SamaritanError
 from samaritan.models.count import count_trained, trained_shapes
 from samaritan.models.memory import require_memory
 from samaritan.operate.checks.finding import Finding, fault, fine, missing, note
+from samaritan.operate.checks.plans import current_plan
 from samaritan.operate.checks.users import ENTER, READ, User, has_acl, this_user
-from samaritan.plan import Plan, read_plan, require_current
+from samaritan.plan import Plan
 from samaritan.provision.kit import Kit
 
 _LISTS = ("manifest.csv", "dataset.json")
@@ -132,7 +133,7 @@ def plans(kit: Kit, settings: SiteSettings) -> Generator[Finding, None, list[Pla
             "Read the coordinator's plan (`samaritan plan show`) and approve it (`samaritan site "
             "approve`).",
         )
-    agreed = []
+    agreed, signer = [], bytes.fromhex(kit.card.plan_signer)
     for sha256 in known:
         what = f"plan {sha256[:16]}"
         if lacking := approvals.missing(sha256):
@@ -143,16 +144,9 @@ def plans(kit: Kit, settings: SiteSettings) -> Generator[Finding, None, list[Pla
                 "SAM-N656",
             )
             continue
-        try:
-            signer = bytes.fromhex(kit.card.plan_signer)
-            plan = read_plan(kit.path("plans", f"{sha256}.json"), signer).plan
-        except SamaritanError as error:
-            yield fault(what, error)
-            continue
-        try:
-            require_current(plan)
-        except SamaritanError as error:
-            yield note(what, error.message, error.hint, error.code)
+        plan = current_plan(what, kit.path("plans", f"{sha256}.json"), signer)
+        if isinstance(plan, Finding):
+            yield plan
             continue
         if plan.samaritan != __version__:
             yield missing(

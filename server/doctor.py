@@ -21,10 +21,11 @@ from samaritan.operate import proxy
 from samaritan.operate.checks import certificates, clock, files, ports, tree
 from samaritan.operate.checks.checkpoint import Tell, checkpoint
 from samaritan.operate.checks.finding import Finding, fault, fine, missing, note
+from samaritan.operate.checks.plans import current_plan
 from samaritan.operate.checks.users import User, owner_of
 from samaritan.operate.places import RUN
 from samaritan.operate.processes import states
-from samaritan.plan import Plan, read_plan, require_current
+from samaritan.plan import Plan
 from samaritan.provision.certificates import now, read_certificate, read_private
 from samaritan.provision.kit import Kit
 from samaritan.provision.project import SERVER
@@ -197,19 +198,12 @@ def _ports(kit: Kit, settings: ServerSettings, running: _States) -> Iterator[Fin
 
 def _plans(kit: Kit) -> Generator[Finding, None, list[Plan]]:
     """The plans that were run here; returns those that can still run."""
-    signer = bytes.fromhex(kit.card.plan_signer)
-    good = []
+    good, signer = [], bytes.fromhex(kit.card.plan_signer)
     for path in sorted(kit.path("plans").glob("*.json")):
         what = f"plan {path.stem[:16]}"
-        try:
-            plan = read_plan(path, signer).plan
-        except SamaritanError as error:
-            yield fault(what, error)
-            continue
-        try:
-            require_current(plan)
-        except SamaritanError as error:
-            yield note(what, error.message, error.hint, error.code)
+        plan = current_plan(what, path, signer)
+        if isinstance(plan, Finding):
+            yield plan
             continue
         if plan.samaritan != __version__:
             yield note(

@@ -1,0 +1,75 @@
+"""The cases of a study stay those it began with: their files are known by hash from the first day.
+
+What was approved was a study on these data. A case may leave it (a person takes the consent back);
+none may come, and none may change unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from samaritan.data.datasets import Case
+from samaritan.errors import DataError
+from samaritan.files import write_atomically
+from samaritan.lines import canonical, line_hash
+from samaritan.models.checkpoints import file_sha256
+
+_NAMED = 3
+
+
+def pin_cases(path: Path, cases: Sequence[Case]) -> tuple[str, int]:
+    """Compares a study's cases with those it began with; the first call is the beginning.
+
+    Args:
+        path: Keeps their hashes through restarts.
+        cases: That train and that score now; every file is read once.
+
+    Returns:
+        One hash over all cases as they are now, and how many of the first ones are not among them.
+
+    Raises:
+        DataError: SAM-D311 when a case has changed or was not there at the beginning, SAM-D312 when
+            the file at `path` is damaged.
+        StorageError: When it cannot be written.
+    """
+    now = {
+        case.case_id: [file_sha256(file) for file in (case.image, case.label) if file]
+        for case in cases
+    }
+    first = _read(path)
+    if first is None:
+        write_atomically(path, canonical(now), private=True)
+        first = now
+    added = sorted(set(now) - set(first))
+    changed = sorted(name for name in set(now) & set(first) if now[name] != first[name])
+    if added or changed:
+        told = [f"{len(added)} came ({_some(added)})"] if added else []
+        told += [f"{len(changed)} changed ({_some(changed)})"] if changed else []
+        raise DataError(
+            "SAM-D311",
+            f"the cases are not those the study began with: {', '.join(told)}",
+            "Bring them back as they were, or ask for a new plan, which is a new study. If the "
+            f"hospital decides that this one goes on with them, remove {path}.",
+        )
+    return line_hash(canonical(now)), len(set(first) - set(now))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+def _read(path: Path) -> dict[str, list[str]] | None:
+    try:
+        first: dict[str, list[str]] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "SAM-D312",
+            f"{path} is damaged; it holds the hashes of the cases that the study began with",
+            "Compare the cases with a backup, then remove the file: the present ones are taken.",
+        ) from error
+    return first
