@@ -36,6 +36,7 @@ def pack_request(request: Request) -> bytes:
         "bundle": request.bundle_sha256,
         "instruction": request.instruction and asdict(request.instruction),
         "step": step and [step.stage, step.attempt, step.length],
+        "known": request.known_answer,
     }
     return _frame(header, request.payload, step.data if step else None)
 
@@ -57,6 +58,7 @@ def read_request(stream: Readable) -> Request:
             None if given is None else Instruction(**given),
             payload,
             _step(header["step"], data),
+            header["known"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _bad_frame(error) from error

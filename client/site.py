@@ -49,6 +49,7 @@ class Site:
         try:
             self._note(request)
             agent = self.find(request)
+            self._require_same_site(request)
             answer = self._answer(agent, request)
             shapes = {name: tuple(value.shape) for name, value in agent.initial.items()}
             allowed = outlet(agent.config, shapes, request, self.name)
@@ -62,6 +63,19 @@ class Site:
             self._note_refusal(request, fault)
             raise fault from None
         return answer
+
+    def _require_same_site(self, request: Request) -> None:
+        """A copy of a site, or one from a backup, knows less than the server does."""
+        known, log = request.known_answer, self.gate.log
+        if known and not log.holds_answer(known):
+            raise AuditError(
+                "SAM-A209",
+                f"the server has an answer of this site that {log.path} does not have",
+                "Another machine has answered with a copy of this kit, or the log was lost or "
+                "brought back from a backup. Find the other copy and stop it; put the newest log "
+                "in place. If the log is lost and the hospital decides to go on without it, write "
+                f'"answer_sha256":"{known}" into a file {log.path.with_name("lost.txt")}.',
+            )
 
     def _answer(self, agent: SiteAgent, request: Request) -> Answer:
         if self.outbox is None:

@@ -65,7 +65,7 @@ STEP = MaskingStep("masked", 3, 17, b"\x00\xff")
 @pytest.mark.parametrize("payload", [None, b"", b"SAM\x01" * 1000])
 @pytest.mark.parametrize("step", [None, STEP, replace(STEP, data=b"")])
 def test_requests_and_answers_survive_the_socket(payload, step):
-    asked = Request("train", "a" * 64, "message", "9" * 64, INSTRUCTION, payload, step)
+    asked = Request("train", "a" * 64, "message", "9" * 64, INSTRUCTION, payload, step, "7" * 64)
     assert read_request(io.BytesIO(pack_request(asked))) == asked
     given = Answer(payload, {"dice": 0.1 + 0.2, "steps": 3}, {"ledger": "a"}, step, b"seal")
     assert read_answer(io.BytesIO(pack_answer(given))) == given
@@ -746,6 +746,54 @@ def test_a_real_site_seals_logs_and_resends(kit, plan, ready, signer, monkeypatc
     ]  # fmt: skip
     assert leaving[1]["payload_sha256"] == leaving[2]["payload_sha256"]
     assert sum(e["type"] == "study_loaded" for e in entries(kit)) == 1
+
+
+def test_a_site_that_lacks_an_answer_the_server_has_is_a_copy_and_says_so(
+    kit, plan, ready, signer, tmp_path
+):
+    """Two kits with the same keys, of which one has answered since they were one."""
+    made = plan()
+    approved(kit, made, signer)
+    shutil.copytree(kit.folder, tmp_path / "copy")
+    copy = load_kit(tmp_path / "copy", "site")
+
+    def site_of(kit):
+        found = Studies(kit, load_settings(kit.path("site.yaml")), site_identity(kit), log_of(kit))
+        return Site("Ahus", found.find, Gate(log_of(kit), SitePolicy()), site_identity(kit))
+
+    def log_of(kit):
+        return site_log(kit, site_identity(kit))
+
+    site, other = site_of(kit), site_of(copy)
+    said = site.answer(hello(made))
+    asked = hello(made, known_answer=said.sha256)
+    assert site.answer(asked).texts == said.texts
+    assert other.answer(hello(made)).texts == said.texts  # the server does not know any answer yet
+    state = said.texts["adapter-sha256"]
+    asked = Instruction(1, 3, config_sha256(made.config), made.base.sha256, 60.0, state)
+    update = site.answer(Request("train", made.sha256, "m1", "9" * 64, asked))
+    for kind in ("hello", "train", "evaluate"):
+        with pytest.raises(RedactedError) as caught:
+            other.answer(
+                Request(kind, made.sha256, "m2", "9" * 64, asked, known_answer=update.sha256)
+            )
+        assert caught.value.code == "SAM-A209"
+    refused = [e["code"] for e in entries(copy) if e["type"] == "refused"]
+    assert refused == ["SAM-A209"] * 3
+    # The server learns of nothing but answers whether this log has it.
+    for text in (entries(kit)[0]["site"], entries(kit)[-1]["prev"], '", "'):
+        with pytest.raises(RedactedError):
+            site.answer(hello(made, known_answer=text))
+    # A log that was moved aside, as its own hint says, still counts; a lost one by decision only.
+    shutil.move(kit.path("log/site.jsonl"), kit.path("log/old.jsonl"))
+    moved = site_of(kit)
+    moved.answer(hello(made, known_answer=update.sha256))
+    shutil.rmtree(kit.path("log"))
+    lost = site_of(kit)
+    with pytest.raises(RedactedError):
+        lost.answer(hello(made, known_answer=update.sha256))
+    kit.path("log/lost.txt").write_text(f'"answer_sha256":"{update.sha256}"')
+    lost.answer(hello(made, known_answer=update.sha256))
 
 
 def test_a_server_that_asks_for_something_else_gets_codes_and_the_site_stays_well(
