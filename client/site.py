@@ -18,6 +18,8 @@ from samaritan.errors import AuditError, FederationError
 from samaritan.keys import Identity
 from samaritan.messages import Answer, Instruction, Request, sealed
 
+_LONGEST = 128
+
 FindAgent = Callable[[Request], SiteAgent]
 """Who does the work of a request; raises SamaritanError where nobody may."""
 
@@ -80,10 +82,10 @@ class Site:
     def _answer(self, agent: SiteAgent, request: Request) -> Answer:
         if self.outbox is None:
             return ask_agent(agent, request)
-        answer = self.outbox.find(request)
+        answer = self.outbox.find(request, agent.cases_sha256)
         if answer is None:
             answer = ask_agent(agent, request)
-            self.outbox.keep(request, answer)
+            self.outbox.keep(request, agent.cases_sha256, answer)
         return answer
 
     def _note(self, request: Request) -> None:
@@ -95,10 +97,10 @@ class Site:
         self.gate.log.append(
             "request",
             kind=request.kind,
-            message=request.message_id,
-            plan=request.plan_sha256,
+            message=_cut(request.message_id),
+            plan=_cut(request.plan_sha256),
             round=request.server_round,
-            state=request.instruction.state_sha256 if request.instruction else "",
+            state=_cut(request.instruction.state_sha256) if request.instruction else "",
             **received,
         )
 
@@ -107,12 +109,17 @@ class Site:
             self.gate.log.append(
                 "refused",
                 kind=request.kind,
-                message=request.message_id,
-                plan=request.plan_sha256,
+                message=_cut(request.message_id),
+                plan=_cut(request.plan_sha256),
                 round=request.server_round,
                 code=fault.code,
                 reference=fault.reference,
             )
+
+
+def _cut(text: str) -> str:
+    """Names of the server's making, no longer than any hash: it must not fill the disk."""
+    return text[:_LONGEST]
 
 
 def ask_agent(agent: SiteAgent, request: Request) -> Answer:

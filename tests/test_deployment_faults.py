@@ -320,7 +320,7 @@ def test_a_line_that_breaks_again_and_again_delays_and_loses_nothing(world, unhu
 
 def test_a_site_cut_off_for_five_minutes_is_left_out_and_comes_back(world):
     consortium, line = world
-    config = {**SMALL, "rounds": 60, "federation": TWO}
+    config = {**SMALL, "rounds": 100, "federation": TWO}  # of about five seconds
     plan = plan_of(consortium, "partition", config)
     process = consortium.start_run(plan)
     wait_for(lambda: len(consortium.events("partition", "round_finished")) >= 2, 200, "two rounds")
@@ -330,7 +330,7 @@ def test_a_site_cut_off_for_five_minutes_is_left_out_and_comes_back(world):
     line.reset()
     assert process.wait(1000) == 0, said(consortium, "partition")
     found = statuses(consortium, "partition", "Ahus")
-    assert len(found) == 60
+    assert len(found) == 100
     assert found[0] == "ok"
     assert "failed: the site went offline" in found
     assert found[-3:] == ["ok"] * 3
