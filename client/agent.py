@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from client.exchange import Exchange
+from client.likely import require_likely
 from client.masking import Masking
 from client.memory import Memory, Notes
 from samaritan import __version__
@@ -57,6 +58,7 @@ class SiteAgent:
         budget: What the site's patients may give away; None where no privacy is asked for.
         masking: Its part in secure sums; None where updates are sent as they are.
         plan_sha256: Of the plan it works on; empty in a simulation.
+        cases_sha256: Over its cases, their persons and files; empty in a simulation.
     """
 
     site: str
@@ -72,6 +74,7 @@ class SiteAgent:
     budget: Budget | None = None
     masking: Masking | None = None
     plan_sha256: str = ""
+    cases_sha256: str = ""
 
     def hello(self) -> dict[str, str]:
         """What the site tells a server before the first round."""
@@ -105,7 +108,7 @@ class SiteAgent:
         begun = time.monotonic()
         self._check(instruction)
         self._require_parts(step)
-        received = self.exchange.receive(payload, instruction)
+        received = self._received(payload, instruction)
         notes = self.memory.recall(instruction.used_round)
         if self.budget is not None:
             update, metrics = self._train_privately(self.budget, received, notes, instruction)
@@ -258,7 +261,7 @@ class SiteAgent:
                 f"site {self.site} was asked for its score, and privacy.scores is withheld",
                 "The server asks for more than was agreed to; look at its version.",
             )
-        received = self.exchange.receive(payload, instruction)
+        received = self._received(payload, instruction)
         self.model.load(self.personalised(received, instruction.used_round))
         last = bool(self.plan_sha256) and instruction.server_round == instruction.rounds
         results = evaluate_cases(
@@ -321,6 +324,13 @@ class SiteAgent:
             for name in roles.sent
         }
 
+    def _received(self, payload: bytes | None, instruction: Instruction) -> AdapterState:
+        """The state that the server means, if it is one that training can have come to."""
+        received = self.exchange.receive(payload, instruction)
+        if self.plan_sha256:
+            require_likely(self.site, received, self.initial)
+        return received
+
     def _check(self, instruction: Instruction) -> None:
         """Checks what the server asks for against what the site agreed to."""
         for what, sent, agreed in (
@@ -334,11 +344,12 @@ class SiteAgent:
                     f"site {self.site}: the server has {what} {sent}, this site agreed to {agreed}",
                     "Give server and sites the same configuration and base.",
                 )
-        if not 1 <= instruction.server_round <= instruction.rounds:
+        number, timeout_s = instruction.server_round, instruction.timeout_s
+        if not (1 <= number <= instruction.rounds and timeout_s > 0):  # nan is not
             raise FederationError(
                 "SAM-F202",
-                f"site {self.site}: round {instruction.server_round} of {instruction.rounds}",
-                "The server asks for a round that was not agreed to.",
+                f"site {self.site}: round {number} of {instruction.rounds}, within {timeout_s:g} s",
+                "The server asks for a round, or a time, that was not agreed to.",
             )
 
     def _on_step(self) -> StepCallback | None:

@@ -45,14 +45,7 @@ class Approvals:
             TrustError: SAM-K304 for a role the policy does not name, or another key than its.
             StorageError: When it cannot be written.
         """
-        if self.roles.get(role) != key.public:
-            known = ", ".join(sorted(self.roles))
-            raise TrustError(
-                "SAM-K304",
-                f"the key given is not that of the role {role!r}; the roles here are: {known}",
-                "Name your role with --role and its key with --key; site.yaml lists the public "
-                "keys under policy.approvers.",
-            )
+        self.require_role(role, key)
         plan = signed.plan
         said = {
             "plan": plan.sha256,
@@ -64,6 +57,21 @@ class Approvals:
         write_plan(self._plan(plan.sha256), signed)
         text = json.dumps(tree, indent=1) + "\n"
         write_atomically(self._approval(plan.sha256, role), text.encode())
+
+    def require_role(self, role: str, key: Identity) -> None:
+        """Refuses a key that is not that of a role.
+
+        Raises:
+            TrustError: SAM-K304.
+        """
+        if self.roles.get(role) != key.public:
+            known = ", ".join(sorted(self.roles))
+            raise TrustError(
+                "SAM-K304",
+                f"the key given is not that of the role {role!r}; the roles here are: {known}",
+                "Name your role with --role and its key with --key; site.yaml lists the public "
+                "keys under policy.approvers.",
+            )
 
     def missing(self, plan_sha256: str) -> list[str]:
         """Roles whose approval is not there, or not theirs."""

@@ -7,12 +7,12 @@ as they are. Nothing is pickled, and a reader knows how much comes before it rea
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, fields
+from typing import Any, Protocol, get_args
 
 from client.redaction import RedactedError
 from samaritan.errors import DeploymentError
-from samaritan.messages import Answer, Instruction, MaskingStep, Request
+from samaritan.messages import Answer, Instruction, Kind, MaskingStep, Request
 
 _MAGIC = b"SAM\x01"
 _HEADER_BYTES = 1 << 20
@@ -36,6 +36,7 @@ def pack_request(request: Request) -> bytes:
         "bundle": request.bundle_sha256,
         "instruction": request.instruction and asdict(request.instruction),
         "step": step and [step.stage, step.attempt, step.length],
+        "known": request.known_answer,
     }
     return _frame(header, request.payload, step.data if step else None)
 
@@ -48,16 +49,13 @@ def read_request(stream: Readable) -> Request:
     """
     header, payload, data = _read(stream)
     try:
-        given = header["instruction"]
-        return Request(
-            header["kind"],
-            header["plan"],
-            header["message"],
-            header["bundle"],
-            None if given is None else Instruction(**given),
-            payload,
-            _step(header["step"], data),
-        )
+        texts = [header[name] for name in ("plan", "message", "bundle", "known")]
+        if header["kind"] not in get_args(Kind) or not all(isinstance(t, str) for t in texts):
+            raise TypeError("a text that is none, or another kind")
+        plan, message, bundle, known = texts
+        asked = _instruction(header["instruction"])
+        step = _step(header["step"], data)
+        return Request(header["kind"], plan, message, bundle, asked, payload, step, known)
     except (KeyError, TypeError, ValueError) as error:
         raise _bad_frame(error) from error
 
@@ -129,6 +127,17 @@ def _exactly(stream: Readable, size: int) -> bytes:
     if len(data) < size:
         raise EOFError(f"{len(data)} of {size} bytes came")
     return data
+
+
+def _instruction(given: dict[str, Any] | None) -> Instruction | None:
+    """Of exactly these types: round 1.5 would be another round to all that count."""
+    if given is None:
+        return None
+    kinds = {"int": int, "float": float, "str": str}
+    for field in fields(Instruction):
+        if type(given[field.name]) is not kinds[str(field.type)]:
+            raise TypeError(f"{field.name} is of another type")
+    return Instruction(**given)
 
 
 def _step(given: list[Any] | None, data: bytes | None) -> MaskingStep | None:

@@ -77,11 +77,13 @@ def main() -> None:
     try:
         flower_supernode()
     except SystemExit as end:
-        # A node that the server does not know yet, or cannot reach, is started again by its
-        # supervisor, and starting costs a second of processor time. Flower ends its process by
-        # force soon after this; another program in its place is left alone.
-        if end.code:
-            os.execvp("sleep", ["sleep", str(_AGAIN_S)])  # noqa: S606, S607
+        if not end.code:  # it was told to stop
+            return
+    # A node that the server does not know yet, or cannot reach, is started again by its supervisor,
+    # and starting costs a second of processor time. Flower ends its process by force soon after
+    # this; another program in its place is left alone. Where a line broke while TLS was being
+    # agreed on, Flower returns, and its other threads would keep a process alive that does nothing.
+    os.execvp("sleep", ["sleep", str(_AGAIN_S)])  # noqa: S606, S607
 
 
 if __name__ == "__main__":

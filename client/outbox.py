@@ -32,9 +32,14 @@ class Outbox:
 
     folder: Path
 
-    def find(self, request: Request) -> Answer | None:
-        """The answer that was given to the same question before, if it is still there and whole."""
-        path = self._path(request)
+    def find(self, request: Request, cases_sha256: str) -> Answer | None:
+        """The answer that was given to the same question before, if it is still there and whole.
+
+        Args:
+            request: The question.
+            cases_sha256: Over the cases: one that somebody has left is another question.
+        """
+        path = self._path(request, cases_sha256)
         if path is None or not path.is_file():
             return None
         try:
@@ -46,13 +51,13 @@ class Outbox:
             _log.warning("%s is damaged; the work is done again", path)
             return None
 
-    def keep(self, request: Request, answer: Answer) -> None:
+    def keep(self, request: Request, cases_sha256: str, answer: Answer) -> None:
         """Keeps an answer before it is sent; the oldest ones make room.
 
         Raises:
             StorageError: When it cannot be written.
         """
-        path = self._path(request)
+        path = self._path(request, cases_sha256)
         if path is None:
             return
         data = pack_answer(answer)
@@ -61,13 +66,14 @@ class Outbox:
         for old in kept[:-_KEPT]:
             old.unlink(missing_ok=True)
 
-    def _path(self, request: Request) -> Path | None:
+    def _path(self, request: Request, cases_sha256: str) -> Path | None:
         """Where the answer to a question lies; nowhere for those that are cheap or must be new."""
         asked = request.instruction
         if asked is None or request.kind not in ("train", "evaluate") or request.step is not None:
             return None
         question = {
             "plan": request.plan_sha256,
+            "cases": cases_sha256,
             "kind": request.kind,
             "config": asked.config_sha256,
             "round": asked.server_round,

@@ -1,11 +1,12 @@
-"""The cases of a study stay those it began with: their files are known by hash from the first day.
+"""The cases of a study stay those it began with: they are known by hash from the first day.
 
 What was approved was a study on these data. A case may leave it (a person takes the consent back);
-none may come, and none may change unnoticed.
+none may come, none may change unnoticed, and none moves to another split because others left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from samaritan.files import write_atomically
 from samaritan.lines import canonical, line_hash
 from samaritan.models.checkpoints import file_sha256
 
+Files = tuple[tuple[int, int, int] | None, ...]
+"""Size, time of change and number of each file; None for one that is not there."""
+
 _NAMED = 3
 
 
@@ -23,7 +27,7 @@ def pin_cases(path: Path, cases: Sequence[Case]) -> tuple[str, int]:
     """Compares a study's cases with those it began with; the first call is the beginning.
 
     Args:
-        path: Keeps their hashes through restarts.
+        path: Keeps the person, the split and the hashes of each case through restarts.
         cases: That train and that score now; every file is read once.
 
     Returns:
@@ -35,7 +39,11 @@ def pin_cases(path: Path, cases: Sequence[Case]) -> tuple[str, int]:
         StorageError: When it cannot be written.
     """
     now = {
-        case.case_id: [file_sha256(file) for file in (case.image, case.label) if file]
+        case.case_id: [
+            case.subject_id,
+            case.split,
+            *(file_sha256(file) for file in (case.image, case.label) if file),
+        ]
         for case in cases
     }
     first = _read(path)
@@ -50,10 +58,33 @@ def pin_cases(path: Path, cases: Sequence[Case]) -> tuple[str, int]:
         raise DataError(
             "SAM-D311",
             f"the cases are not those the study began with: {', '.join(told)}",
-            "Bring them back as they were, or ask for a new plan, which is a new study. If the "
-            f"hospital decides that this one goes on with them, remove {path}.",
+            "Bring them back as they were, with their persons and splits, or ask for a new plan, "
+            f"which is a new study. If the hospital decides that this one goes on, remove {path}.",
         )
     return line_hash(canonical(now)), len(set(first) - set(now))
+
+
+def pinned_splits(path: Path) -> dict[str, str]:
+    """The split of each case when the study began; nothing before it did.
+
+    Raises:
+        DataError: SAM-D312.
+    """
+    return {name: split for name, (_, split, *_) in (_read(path) or {}).items()}
+
+
+def look(folder: Path, cases: Iterable[Case]) -> Files:
+    """What tells without reading whether a list of cases, or a file of theirs, was touched."""
+    lists = [path for path in sorted(folder.glob("*.*")) if path.suffix in (".csv", ".json")]
+    files = sorted(file for case in cases for file in (case.image, case.label) if file)
+    return tuple(_looked(path) for path in [*lists, *files])
+
+
+def _looked(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    return None
 
 
 def _some(names: Iterable[str]) -> str:
@@ -64,9 +95,11 @@ def _some(names: Iterable[str]) -> str:
 def _read(path: Path) -> dict[str, list[str]] | None:
     try:
         first: dict[str, list[str]] = json.loads(path.read_text("utf-8"))
+        if not all(len(entry) > 2 for entry in first.values()):
+            raise ValueError("a case without its parts")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             "SAM-D312",
             f"{path} is damaged; it holds the hashes of the cases that the study began with",

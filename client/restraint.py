@@ -7,6 +7,7 @@ that names ever new states is fishing: each update, or score, tells a little mor
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from samaritan.errors import AuditError
 from samaritan.files import write_atomically
 from samaritan.messages import Request
 
+_HASH = re.compile(r"[0-9a-f]{64}")
 _MOST = 3
 """States in one round: the one, and what a server may come to that lost a checkpoint or two."""
 
@@ -28,8 +30,12 @@ class Restraint:
 
     path: Path
 
-    def note(self, request: Request) -> None:
+    def note(self, request: Request, rounds: int) -> None:
         """Notes a request to train or to score, before it is answered.
+
+        Args:
+            request: What no agent would answer anyway is not noted: it would fill the disk.
+            rounds: Of the study.
 
         Raises:
             AuditError: SAM-A207 when the round was asked with too many other states.
@@ -37,6 +43,8 @@ class Restraint:
         """
         asked = request.instruction
         if asked is None or request.kind not in ("train", "evaluate"):
+            return
+        if not (1 <= asked.server_round <= rounds and _HASH.fullmatch(asked.state_sha256)):
             return
         known = self._known()
         states = known.setdefault(f"{request.kind}/{asked.server_round}", [])

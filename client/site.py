@@ -18,6 +18,8 @@ from samaritan.errors import AuditError, FederationError
 from samaritan.keys import Identity
 from samaritan.messages import Answer, Instruction, Request, sealed
 
+_LONGEST = 128
+
 FindAgent = Callable[[Request], SiteAgent]
 """Who does the work of a request; raises SamaritanError where nobody may."""
 
@@ -49,6 +51,7 @@ class Site:
         try:
             self._note(request)
             agent = self.find(request)
+            self._require_same_site(request)
             answer = self._answer(agent, request)
             shapes = {name: tuple(value.shape) for name, value in agent.initial.items()}
             allowed = outlet(agent.config, shapes, request, self.name)
@@ -63,13 +66,26 @@ class Site:
             raise fault from None
         return answer
 
+    def _require_same_site(self, request: Request) -> None:
+        """A copy of a site, or one from a backup, knows less than the server does."""
+        known, log = request.known_answer, self.gate.log
+        if known and not log.holds_answer(known):
+            raise AuditError(
+                "SAM-A209",
+                f"the server has an answer of this site that {log.path} does not have",
+                "Another machine has answered with a copy of this kit, or the log was lost or "
+                "brought back from a backup. Find the other copy and stop it; put the newest log "
+                "in place. If the log is lost and the hospital decides to go on without it, write "
+                f'"answer_sha256":"{known}" into a file {log.path.with_name("lost.txt")}.',
+            )
+
     def _answer(self, agent: SiteAgent, request: Request) -> Answer:
         if self.outbox is None:
             return ask_agent(agent, request)
-        answer = self.outbox.find(request)
+        answer = self.outbox.find(request, agent.cases_sha256)
         if answer is None:
             answer = ask_agent(agent, request)
-            self.outbox.keep(request, answer)
+            self.outbox.keep(request, agent.cases_sha256, answer)
         return answer
 
     def _note(self, request: Request) -> None:
@@ -81,10 +97,10 @@ class Site:
         self.gate.log.append(
             "request",
             kind=request.kind,
-            message=request.message_id,
-            plan=request.plan_sha256,
+            message=_cut(request.message_id),
+            plan=_cut(request.plan_sha256),
             round=request.server_round,
-            state=request.instruction.state_sha256 if request.instruction else "",
+            state=_cut(request.instruction.state_sha256) if request.instruction else "",
             **received,
         )
 
@@ -93,12 +109,17 @@ class Site:
             self.gate.log.append(
                 "refused",
                 kind=request.kind,
-                message=request.message_id,
-                plan=request.plan_sha256,
+                message=_cut(request.message_id),
+                plan=_cut(request.plan_sha256),
                 round=request.server_round,
                 code=fault.code,
                 reference=fault.reference,
             )
+
+
+def _cut(text: str) -> str:
+    """Names of the server's making, no longer than any hash: it must not fill the disk."""
+    return text[:_LONGEST]
 
 
 def ask_agent(agent: SiteAgent, request: Request) -> Answer:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from client.agent import SiteAgent
 from client.approvals import Approvals, require_member, roles_of
 from client.assembly import Homes, Progress, assemble
 from client.exchange import KnownStates
-from client.pinned import pin_cases
+from client.pinned import Files, look, pin_cases, pinned_splits
 from client.restraint import Restraint
 from client.settings import SiteSettings
 from samaritan import __version__
@@ -66,7 +67,7 @@ class Studies:
         self.approvals = Approvals(kit, roles_of(settings.policy, identity))
         self._log, self._progress = log, progress
         self._hours = settings.policy.opening()
-        self._loaded: tuple[str, SiteAgent] | None = None
+        self._loaded: tuple[str, SiteAgent, Files] | None = None
 
     def find(self, request: Request) -> SiteAgent:
         """The agent of the study a request is about.
@@ -86,19 +87,29 @@ class Studies:
                 f"this site works for studies at {', '.join(self.settings.policy.hours)} only",
                 "Nothing to do: it answers again when its hours begin.",
             )
-        Restraint(self.kit.path("state", plan.sha256[:16], "asked.json")).note(request)
-        if self._loaded is None or self._loaded[0] != plan.sha256:
+        Restraint(self.kit.path("state", plan.sha256[:16], "asked.json")).note(
+            request, plan.config.rounds
+        )
+        if self._loaded is None or not self._is_fresh(plan, *self._loaded):
             self._loaded = None  # two models need not fit into memory
-            self._loaded = plan.sha256, self.load(plan)
+            self._loaded = plan.sha256, *self.load(plan)
         return self._loaded[1]
+
+    def _is_fresh(self, plan: Plan, sha256: str, agent: SiteAgent, files: Files) -> bool:
+        """Whether what is in memory is the study, on cases that nobody has touched since."""
+        cases = (*agent.train_cases, *agent.val_cases)
+        return sha256 == plan.sha256 and files == look(Path(self.settings.data), cases)
 
     @property
     def loaded(self) -> str:
         """Hash of the plan whose model is in memory; empty for none."""
         return self._loaded[0] if self._loaded else ""
 
-    def load(self, plan: Plan) -> SiteAgent:
+    def load(self, plan: Plan) -> tuple[SiteAgent, Files]:
         """Reads the site's cases and the base model for a plan.
+
+        Returns:
+            Who does the work, and how the files of the cases looked before they were read.
 
         Raises:
             SamaritanError: When policy, data or base model do not fit the plan.
@@ -110,8 +121,9 @@ class Studies:
         model = self._model(plan)
         initial = at_rank(model.state(), config.peft.site_ranks.get(site))
         require_agreement(self.settings.policy, plan, tuple(initial))
-        cases = self._cases(config)
         state = self.kit.path("state", plan.sha256[:16])
+        cases = self._cases(config, pinned_splits(state / "cases.json"))
+        files = look(Path(self.settings.data), cases)
         cases_sha256, left = pin_cases(state / "cases.json", cases)
         homes = Homes(state, self.kit.folder, self.kit.folder)
         identities = {}
@@ -123,7 +135,7 @@ class Studies:
             CaseCache(config.data, classes, image_size(config)), cases, homes, identities,
             self._progress,
         )  # fmt: skip
-        agent = replace(agent, plan_sha256=plan.sha256)
+        agent = replace(agent, plan_sha256=plan.sha256, cases_sha256=cases_sha256)
         self._log.append(
             "study_loaded",
             plan=plan.sha256,
@@ -136,7 +148,7 @@ class Studies:
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         _log.info("study %s is loaded; base %s", plan.study, model.base.sha256[:16])
-        return agent
+        return agent, files
 
     def _model(self, plan: Plan) -> AdaptedModel:
         config = plan.config
@@ -160,12 +172,22 @@ class Studies:
             )
         return model
 
-    def _cases(self, config: Config) -> Sequence[Case]:
-        """The site's cases in their splits, every file read and checked once."""
+    def _cases(self, config: Config, splits: Mapping[str, str]) -> Sequence[Case]:
+        """The site's cases in their splits, every file read and checked once.
+
+        Args:
+            config: Of the study.
+            splits: Those of the study's first day, where the list of cases names none.
+        """
         site = self.kit.card.name
         dataset = read_dataset(self.settings.data)
         own = Dataset(
-            dataset.root, tuple(replace(c, site=site) for c in dataset.cases), dataset.classes
+            dataset.root,
+            tuple(
+                replace(c, site=site, split=c.split or splits.get(c.case_id, ""))
+                for c in dataset.cases
+            ),
+            dataset.classes,
         )
         own = assign_splits(own, config.data.val_fraction, config.seed)
         if site in config.data.held_out_sites:

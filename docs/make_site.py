@@ -44,7 +44,7 @@ rules allow the plans that were approved.
 _NOTES = """
 ## Hours
 
-`policy.hours: ["Mon-Fri 19:00-06:00", "Sat 00:00-23:59"]` lets the site work at night on weekdays
+`policy.hours: ["Mon-Fri 19:00-06:00", "Sat 00:00-24:00"]` lets the site work at night on weekdays
 and on Saturday, in the machine's local time; the days name when a window begins. Outside, it
 answers with SAM-A202, and the server asks again later. Work that has begun goes on to its end.
 

@@ -33,24 +33,33 @@ class Identity:
 
 
 def load_identity(path: Path) -> Identity:
-    """The identity in a file, made there at the first call; only its owner can read the file.
+    """The identity in a file.
 
     Raises:
-        PrivacyError: SAM-P301 when the file holds no key.
-        StorageError: When it cannot be written.
+        PrivacyError: SAM-P301 when it holds no key, or is not there.
     """
-    if not path.exists():
-        made = Ed25519PrivateKey.generate()
-        write_atomically(path, made.private_bytes_raw(), private=True)
-        return Identity(made)
     try:
         return Identity(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise PrivacyError(
             "SAM-P301",
             f"{path} holds no readable key",
-            "Restore it from the backup. A new key must be made known to all other sites.",
+            "Restore it from the backup. A new key must be made known to all others.",
         ) from error
+
+
+def make_identity(path: Path) -> Identity:
+    """The identity in a file, made there at the first call; only its owner can read the file.
+
+    Raises:
+        PrivacyError: SAM-P301 when the file holds no key.
+        StorageError: When it cannot be written.
+    """
+    if path.exists():
+        return load_identity(path)
+    made = Ed25519PrivateKey.generate()
+    write_atomically(path, made.private_bytes_raw(), private=True)
+    return Identity(made)
 
 
 def is_signed(public: bytes, message: bytes, signature: bytes) -> bool:

@@ -75,6 +75,9 @@ class Request:
         instruction: With every question but "hello".
         payload: The state to work on, or what leads to it; None where the site has it.
         step: Of a secure sum.
+        known_answer: Hash of the last answer that the server has of this site in this study; empty
+            in a simulation, and where it has none. A site whose log has no such answer is a copy of
+            another that gave it, or has lost its log.
     """
 
     kind: Kind
@@ -84,6 +87,7 @@ class Request:
     instruction: Instruction | None = None
     payload: bytes | None = None
     step: MaskingStep | None = None
+    known_answer: str = ""
 
     @property
     def server_round(self) -> int:

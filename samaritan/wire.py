@@ -32,12 +32,13 @@ MESSAGE_TYPES: dict[Kind, str] = {
 
 _PARTS = {ARRAYS, CONFIG, METRICS, MASKING, SEAL}
 _PAYLOAD, _STYPE = "payload", "samaritan.codecs"
-_PLAN, _SIGNATURE = "plan-sha256", "signature"
+_PLAN, _KNOWN, _SIGNATURE = "plan-sha256", "known-answer", "signature"
 
 
 def request_content(request: Request) -> RecordDict:
     """The content of a message that asks a site."""
-    config = ConfigRecord({_PLAN: request.plan_sha256} if request.plan_sha256 else {})
+    named = {_PLAN: request.plan_sha256, _KNOWN: request.known_answer}
+    config = ConfigRecord({name: value for name, value in named.items() if value})
     if request.instruction is not None:
         values = asdict(request.instruction)
         values["timeout_s"] = float(request.instruction.timeout_s)
@@ -58,9 +59,11 @@ def read_request(message: Message, kind: Kind, bundle_sha256: str = "") -> Reque
         KeyError, TypeError, ValueError: When a part is missing or of another type.
     """
     config = message.content.config_records.get(CONFIG)
-    plan = "" if config is None else str(config.get(_PLAN, ""))
+    named = (_PLAN, _KNOWN)
+    plan, known = ("" if config is None else str(config.get(name, "")) for name in named)
     if kind == "hello":
-        return Request(kind, plan, message.metadata.message_id, bundle_sha256)
+        asked = message.metadata.message_id
+        return Request(kind, plan, asked, bundle_sha256, known_answer=known)
     if config is None:
         raise KeyError(CONFIG)
     kinds = {"int": int, "float": float, "str": str}
@@ -76,6 +79,7 @@ def read_request(message: Message, kind: Kind, bundle_sha256: str = "") -> Reque
         Instruction(**values),
         payload_of(message),
         read_masking_step(message),
+        known,
     )
 
 

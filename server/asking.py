@@ -282,7 +282,7 @@ class Asking:
         messages = []
         for site, request in requests.items():
             message = Message(
-                request_content(request),
+                request_content(post.ingress.addressed(request, site)),
                 message_type=MESSAGE_TYPES[request.kind],
                 dst_node_id=post.nodes[site],
             )

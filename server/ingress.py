@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 
-from samaritan.audit.log import Log
+from samaritan.audit.log import Log, entries
 from samaritan.keys import is_signed
 from samaritan.messages import Answer, Request, sealed
 from samaritan.wire import message_bytes, read_answer
@@ -21,10 +21,22 @@ class Ingress:
     Attributes:
         log: Of the server.
         signers: Public key of each site whose answers must be sealed; none in a simulation.
+        last: Hash of the last answer of each of these sites.
     """
 
     log: Log
     signers: Mapping[str, bytes] = field(default_factory=dict)
+    last: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.signers:
+            for entry, _ in entries(self.log.path.read_bytes()):
+                if entry["type"] == "ingress":
+                    self.last[entry["site"]] = entry["answer_sha256"]
+
+    def addressed(self, request: Request, site: str | None) -> Request:
+        """A request as a site is to get it: with what it must remember of itself."""
+        return replace(request, known_answer=self.last.get(site or "", ""))
 
     def admits(self, site: str, request: Request, message: Message) -> bool:
         """Writes down what a site answered; False where it is not sealed by that site.
@@ -56,6 +68,8 @@ class Ingress:
             seal=answer.seal.hex(),
             **told,
         )
+        if right and self.signers:
+            self.last[site] = answer.sha256
         return right
 
     def _sealed(self, site: str, request: Request, asked: str, answer: Answer) -> bool:

@@ -25,7 +25,8 @@ from samaritan.models.bases import get_base
 from samaritan.models.presets import get_preset
 from samaritan.plan import Plan, PlannedBase, PlannedSite, SignedPlan, sign_plan
 from samaritan.privacy.rules import check_privacy
-from samaritan.provision.authority import Member, members
+from samaritan.provision.authority import Member, members, open_authority
+from samaritan.provision.certificates import now
 from samaritan.shares import get_sharing
 from server.bundle import bundle_sha256
 from server.federation import check_sites
@@ -104,7 +105,8 @@ def make_plan(description: Path, authority: Path, overrides: list[str], today: d
         raise TrustError(
             "SAM-K313", f"{description} makes no plan: {faults}", "Mend the configuration."
         ) from error
-    return sign_plan(plan, load_identity(authority / "plan.key"))
+    with open_authority(authority):  # which looks whether its keys belong together
+        return sign_plan(plan, load_identity(authority / "plan.key"))
 
 
 def _read(path: Path) -> Study:
@@ -130,8 +132,11 @@ def _check(config: Config, names: tuple[str, ...]) -> None:
 
 
 def _require_valid(known: dict[str, Member], name: str) -> None:
-    if name not in known or known[name].revoked:
-        state = "was revoked" if name in known else "has no certificate yet"
+    member = known.get(name)
+    if member is None or member.revoked or member.not_after <= now():
+        state = "has no certificate yet"
+        if member is not None:
+            state = "was revoked" if member.revoked else f"had one until {member.not_after:%F}"
         raise TrustError(
             "SAM-K312",
             f"site {name} {state}",

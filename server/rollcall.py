@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -13,12 +13,10 @@ from flwr.serverapp import Grid
 from samaritan.errors import FederationError
 from samaritan.messages import Request
 from samaritan.wire import MESSAGE_TYPES, read_answer, request_content
+from server.ingress import Ingress
 from server.nodes import online
 
 _POLL_S = 0.2
-
-Admits = Callable[[str, Request, Message], bool]
-"""Writes an answer down; False where it is not sealed by the site."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,14 @@ class Caller:
         grid: Flower's.
         expected: What each approved site must answer.
         request: The question.
-        admits: Writes answers down.
+        ingress: Writes answers down.
         node_keys: Key of each site's node; none in a simulation.
     """
 
     grid: Grid
     expected: Mapping[str, Mapping[str, str]]
     request: Request
-    admits: Admits
+    ingress: Ingress
     node_keys: Mapping[str, bytes]
 
     def call(self, min_sites: int, wait_s: float) -> RollCall:
@@ -87,7 +85,11 @@ class Caller:
         nodes = online(self.grid, self.node_keys)
         kind = MESSAGE_TYPES[self.request.kind]
         questions = [
-            Message(request_content(self.request), message_type=kind, dst_node_id=node)
+            Message(
+                request_content(self.ingress.addressed(self.request, nodes[node])),
+                message_type=kind,
+                dst_node_id=node,
+            )
             for node in sorted(nodes)
             if node not in known
         ]
@@ -111,7 +113,7 @@ class Caller:
                 refused.append(f"node {node}: not an approved site")
             elif nodes[node] not in (None, site):
                 refused.append(f"node {node}: its key is that of site {nodes[node]}")
-            elif not self.admits(site, self.request, reply):
+            elif not self.ingress.admits(site, self.request, reply):
                 refused.append(f"site {site}: the answer is not sealed by this site")
             elif site in present.values() or site in known.values():
                 refused.append(f"site {site}: a second node claims to be this site")

@@ -159,7 +159,7 @@ def _caller(grid: Grid, federation: Federation, ingress: Ingress) -> Caller:
         for site in (*federation.sites, *federation.observers)
     }
     request = Request("hello", federation.plan_sha256)
-    return Caller(grid, expected, request, ingress.admits, federation.node_keys)
+    return Caller(grid, expected, request, ingress, federation.node_keys)
 
 
 def _note_roll(federation: Federation, roll: RollCall) -> None:

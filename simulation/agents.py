@@ -15,7 +15,7 @@ from samaritan.audit.gate import Gate
 from samaritan.audit.log import Log
 from samaritan.audit.policy import SitePolicy
 from samaritan.data.slices import CaseCache
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.messages import Request
 from samaritan.models.adapter import AdaptedModel, AdapterState, at_rank
 from simulation.study import Study
@@ -93,7 +93,7 @@ def site_identities(study: Study, homes: Mapping[str, Path]) -> dict[str, bytes]
     if not study.config.federation.secure_aggregation:
         return {}
     return {
-        site: load_identity(homes[site] / "identity.key").public for site in study.training_sites
+        site: make_identity(homes[site] / "identity.key").public for site in study.training_sites
     }
 
 

@@ -28,7 +28,7 @@ from samaritan.audit.verify import match, verify_log
 from samaritan.codecs import encode
 from samaritan.config import parse_config
 from samaritan.errors import AuditError, DataError
-from samaritan.keys import Identity, load_identity
+from samaritan.keys import Identity, make_identity
 from samaritan.lines import canonical, line_hash
 from samaritan.messages import Answer, Instruction, Request, answer_hash, sealed, sealed_fields
 from samaritan.wire import MESSAGE_TYPES, answer_content, request_content
@@ -89,7 +89,7 @@ class World:
 
 def make_world(folder, seed=1, names=("A", "B"), signed=True):
     """The logs of the first of some sites and of their server."""
-    keys = {name: load_identity(folder / f"{name}.key") for name in names}
+    keys = {name: make_identity(folder / f"{name}.key") for name in names}
     sites = []
     for number, name in enumerate(names):
         agent = Agent(seed + number)
@@ -1061,7 +1061,7 @@ def test_a_log_of_the_wrong_kind_is_refused(world, tmp_path):
 
 
 def test_the_server_writes_down_what_came_and_lets_in_what_is_sealed(tmp_path):
-    key, other = load_identity(tmp_path / "key"), load_identity(tmp_path / "other")
+    key, other = make_identity(tmp_path / "key"), make_identity(tmp_path / "other")
     ingress = Ingress(Log(tmp_path / "log.jsonl", {"server": "study"}), {"A": key.public})
     asked = Request("evaluate", PLAN, instruction=Instruction(5, 12, "", "", 60.0))
     answer = Answer(numbers={"dice": 0.5})

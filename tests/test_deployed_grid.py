@@ -542,6 +542,31 @@ def test_a_score_that_is_not_sealed_does_not_count(deploy: Any) -> None:
     assert entry["sites"]["a"]["num_examples"] == 1  # its update was sealed
 
 
+def test_a_site_is_told_which_of_its_answers_came_last(deploy: Any) -> None:
+    """Only what was admitted counts, after a new start of the server too."""
+    told: dict[str, list[tuple[str, str]]] = {"a": [], "b": []}
+    came: dict[str, list[str]] = {"a": [], "b": []}
+
+    def listen(request: Request, name: str, answer: Answer) -> Answer:
+        told[name].append((request.kind, request.known_answer))
+        spoiled = name == "b" and request.kind == "train"
+        if not spoiled:
+            came[name].append(answer.sha256)
+        return answer if spoiled else seal(request, name, answer)
+
+    grid, federation = deploy(config_of(rounds=1), {"a": listen, "b": listen})
+    run_rounds(grid, federation)
+    for name, kinds in (("a", ["hello", "train", "evaluate"]), ("b", ["hello", "evaluate"])):
+        asked = [pair for pair in told[name] if pair[0] in kinds]
+        assert asked == list(zip(kinds, ["", *came[name][:-1]], strict=True))
+    last = {name: answers[-1] for name, answers in came.items()}
+    roll = caller(federation, grid).call(2, 0.3)
+    assert set(roll.present.values()) == {"a", "b"}
+    assert {name: pairs[-1] for name, pairs in told.items()} == {
+        name: ("hello", sha256) for name, sha256 in last.items()
+    }
+
+
 def test_a_replayed_answer_is_not_admitted_a_second_time(deploy: Any) -> None:
     kept: list[Answer] = []
 

@@ -320,7 +320,7 @@ def test_a_line_that_breaks_again_and_again_delays_and_loses_nothing(world, unhu
 
 def test_a_site_cut_off_for_five_minutes_is_left_out_and_comes_back(world):
     consortium, line = world
-    config = {**SMALL, "rounds": 60, "federation": TWO}
+    config = {**SMALL, "rounds": 100, "federation": TWO}  # of about five seconds
     plan = plan_of(consortium, "partition", config)
     process = consortium.start_run(plan)
     wait_for(lambda: len(consortium.events("partition", "round_finished")) >= 2, 200, "two rounds")
@@ -330,7 +330,7 @@ def test_a_site_cut_off_for_five_minutes_is_left_out_and_comes_back(world):
     line.reset()
     assert process.wait(1000) == 0, said(consortium, "partition")
     found = statuses(consortium, "partition", "Ahus")
-    assert len(found) == 60
+    assert len(found) == 100
     assert found[0] == "ok"
     assert "failed: the site went offline" in found
     assert found[-3:] == ["ok"] * 3
@@ -405,6 +405,33 @@ def test_a_copy_of_a_site_on_another_machine_gets_nothing(world, unhurt):
         assert set(kinds) <= {"genesis", "started", "stopped"}
     finally:
         consortium.do("site", "stop", copy)
+
+
+def test_a_copy_of_a_site_that_takes_its_place_is_refused_and_the_site_comes_back(world):
+    """What the copy lacks is the log of what the site has answered since."""
+    consortium, _ = world
+    copy = consortium.folder / "kits/sites/Twin"
+    shutil.copytree(
+        consortium.site("Bern"), copy, ignore=shutil.ignore_patterns("run", "state", "log")
+    )
+    plan = plan_of(consortium, "twin", {**SMALL, "rounds": 40, "federation": TWO})
+    for folder in ("plans", "approvals"):
+        shutil.copytree(consortium.site("Bern") / folder, copy / folder, dirs_exist_ok=True)
+    process = consortium.start_run(plan)
+    wait_for(lambda: consortium.events("twin", "round_finished"), 200, "a round")
+    consortium.do("site", "stop", consortium.site("Bern"))
+    consortium.start("site", "start", copy)
+    try:
+        wait_for(lambda: "failed: SAM-A209" in statuses(consortium, "twin", "Bern"), 300, "refused")
+    finally:
+        consortium.do("site", "stop", copy)
+        consortium.start("site", "start", consortium.site("Bern"))
+    assert process.wait(900) == 0, said(consortium, "twin")
+    assert statuses(consortium, "twin", "Bern")[-1] == "ok"
+    assert set(statuses(consortium, "twin", "Chur")) == {"ok"}
+    logs_agree(consortium, "twin")
+    entries = [json.loads(x) for x in (copy / "log/site.jsonl").read_bytes().splitlines()]
+    assert not [entry for entry in entries if entry["type"] == "egress"]
 
 
 def test_a_hospital_that_is_in_no_plan_is_asked_nothing(world, unhurt):

@@ -40,7 +40,7 @@ from samaritan import __version__
 from samaritan.cli.main import app
 from samaritan.config import parse_config
 from samaritan.errors import DeploymentError
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.models.bases import build_base
 from samaritan.operate import places, proxy
 from samaritan.operate.checks import checkpoint, clock, files, network, ports, tree
@@ -140,7 +140,7 @@ class Trial:
         config = parse_config({
             "rounds": 2, "federation": {"min_sites": 1}, "data": {"classes": {"liver": 1}},
         })  # fmt: skip
-        identity = load_identity(self.kit.path("identity.key")).public.hex()
+        identity = make_identity(self.kit.path("identity.key")).public.hex()
         site = PlannedSite(identity=identity, node=self.kit.path("node.pub").read_text().strip())
         today = datetime.now(UTC).date()
         facts: dict[str, Any] = {
@@ -153,8 +153,8 @@ class Trial:
 
     def approve(self, plan: Plan) -> Plan:
         """Lets the site approve a plan, and the server keep it."""
-        signed = sign_plan(plan, load_identity(self.authority / "plan.key"))
-        key = load_identity(self.kit.path("identity.key"))
+        signed = sign_plan(plan, make_identity(self.authority / "plan.key"))
+        key = make_identity(self.kit.path("identity.key"))
         Approvals(self.kit, {"site": key.public}).approve(signed, "site", key)
         write_plan(self.server.path("plans", f"{plan.sha256}.json"), signed)
         return plan
@@ -1212,7 +1212,7 @@ def test_a_large_checkpoint_is_not_read(trial: Trial, monkeypatch: pytest.Monkey
 
 def test_a_plan_that_somebody_has_still_to_approve(trial: Trial) -> None:
     plan = trial.approve(trial.plan())
-    key = load_identity(trial.folder / "officer.key").public.hex()
+    key = make_identity(trial.folder / "officer.key").public.hex()
     trial.settings(policy={"min_cohort": 1, "approvers": {"officer": key}})
     found = about(looked(trial), f"plan {plan.sha256[:16]}")
     assert (found.ok, found.code) == (None, "SAM-N656")

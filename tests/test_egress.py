@@ -29,7 +29,7 @@ from samaritan.audit.verify import verify_log
 from samaritan.codecs import encode
 from samaritan.config import CodecConfig, parse_config
 from samaritan.errors import AuditError, DataError, FederationError
-from samaritan.keys import is_signed, load_identity
+from samaritan.keys import is_signed, make_identity
 from samaritan.messages import Answer, Instruction, MaskingStep, Request, sealed
 from samaritan.plan import Plan
 from samaritan.privacy.secure_sum.messages import Agreement, Envelope, Keys, Opening, Shares
@@ -702,7 +702,7 @@ def test_an_answer_is_made_of_what_the_agent_says(site):
 
 
 def test_what_leaves_is_sealed_with_the_key_of_the_site(site, tmp_path):
-    key = load_identity(tmp_path / "key")
+    key = make_identity(tmp_path / "key")
     answer = site(identity=key).answer(question("train"))
     assert is_signed(key.public, sealed(question("train"), SITE, answer), answer.seal)
     assert not is_signed(key.public, sealed(question("evaluate"), SITE, answer), answer.seal)
@@ -975,6 +975,8 @@ def at(day, time):
         (["Fri-Mon 10:00-12:00"], ["Fri 10:00", "Sun 11:59", "Mon 10:00"],
          ["Tue 11:00", "Thu 11:00"]),
         (["Sat 00:00-23:59"], ["Sat 00:00", "Sat 23:58"], ["Sat 23:59", "Fri 23:58", "Sun 00:00"]),
+        (["Sat 00:00-24:00"], ["Sat 00:00", "Sat 23:59"], ["Fri 23:59", "Sun 00:00"]),
+        (["Fri 19:00-24:00"], ["Fri 19:00", "Fri 23:59"], ["Fri 18:59", "Sat 00:00", "Thu 23:59"]),
         (["Sat 10:00-11:00", "Sun 12:00-13:00"], ["Sat 10:30", "Sun 12:30"],
          ["Sat 12:30", "Sun 10:30"]),
         (["  sAT-sun 10:00-11:00 "], ["Sat 10:00", "Sun 10:59"], ["Fri 10:00", "Mon 10:00"]),
@@ -989,7 +991,8 @@ def test_hours_are_windows_of_the_week(windows, open_at, closed_at):
 @pytest.mark.parametrize(
     "window",
     [
-        "", "always", "19-06", "19:00", "19:00-24:00", "24:00-06:00", "19:60-20:00", "9:00-10:00",
+        "", "always", "19-06", "19:00", "19:00-24:01", "24:00-06:00", "24:00-24:00",
+        "19:60-20:00", "9:00-10:00",
         "10:00-10:00", "Mo 10:00-11:00", "Xyz 10:00-11:00", "Mon-Xyz 10:00-11:00",
         "Mon-Fri10:00-11:00", "Mon,Tue 10:00-11:00", "10:00-11:00 Mon", "10:00-11:00, 12:00-13:00",
         "10:00-11:00\nSat 10:00-11:00", "Mon-Tue-Wed 10:00-11:00",

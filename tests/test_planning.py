@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from samaritan import __version__
 from samaritan.config import config_sha256, load_config, parse_config
 from samaritan.errors import SamaritanError, TrustError
-from samaritan.keys import Identity, is_signed, load_identity
+from samaritan.keys import Identity, is_signed, make_identity
 from samaritan.lines import canonical
 from samaritan.models.bases import get_base
 from samaritan.plan import (
@@ -134,7 +134,7 @@ def test_a_plan_says_all_that_will_be_done(
         for name in SITES
     }
     assert (plan.training_sites, plan.observers) == (SITES, ())
-    assert signed.signer == load_identity(consortium / "authority/plan.key").public
+    assert signed.signer == make_identity(consortium / "authority/plan.key").public
     assert signed.signer.hex() == (consortium / "authority/plan.pub").read_text().strip()
 
 

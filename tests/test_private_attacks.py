@@ -27,7 +27,7 @@ from samaritan.errors import (
     SamaritanError,
     TrainingError,
 )
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.messages import Instruction, MaskingStep
 from samaritan.models.adapter import build_adapted
 from samaritan.models.bases import state_sha256
@@ -138,7 +138,7 @@ class Sums:
         names = [f"site_{number:02d}" for number in range(1, count + 1)]
         self.config = settings(**OPEN, data={"sites": count}, federation=MASKED | federation)
         homes = {name: folder / name for name in names}
-        self.identities = {n: load_identity(homes[n] / "identity.key").public for n in names}
+        self.identities = {n: make_identity(homes[n] / "identity.key").public for n in names}
         self.sites = {n: Masking(n, self.config, homes[n], self.identities) for n in names}
         self.asked = Instruction(1, 2, config_sha256(self.config), "base", 60.0, "a" * 64)
 
@@ -316,7 +316,7 @@ def spend(folder, site, config, phantoms, steps):
     patients = {
         c.subject_id for c in read_study(config, phantoms).sites[site] if c.split == "train"
     }
-    identity = load_identity(home / "identity.key")
+    identity = make_identity(home / "identity.key")
     with open_ledger(home / "ledger", identity, home / "ledger_copy") as ledger:
         cohort = ledger.cohort(sorted(patients))
         cohort.import_external([Spending(0.5, 1.0, steps)], stands_for="0:" + "a" * 64)

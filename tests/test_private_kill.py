@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from samaritan.data.phantoms import write_phantoms
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.privacy.accounting import Spending, epsilon_of
 from samaritan.privacy.ledger import verify
 from server.checkpoints import latest_checkpoint
@@ -231,7 +231,7 @@ def test_a_question_that_was_answered_is_not_paid_again(killed, site):
 @pytest.mark.parametrize("site", SITES)
 def test_the_chain_holds_and_ends_where_the_server_was_told(killed, site):
     home = killed / "sites" / site
-    public = load_identity(home / "identity.key").public
+    public = make_identity(home / "identity.key").public
     assert verify(home / "ledger", public, home / "ledger_copy") == []
     lines = ledger_of(killed, site).read_bytes().splitlines()
     head = hashlib.sha256(lines[-1]).hexdigest()

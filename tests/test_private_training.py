@@ -321,13 +321,13 @@ def test_a_run_names_its_guarantee_whole_and_tells_no_score(tmp_path):
 
 def spend(folder, site, config, phantoms, steps):
     """As if the site's patients had been in another study."""
-    from samaritan.keys import load_identity
+    from samaritan.keys import make_identity
 
     home = folder / site
     patients = {
         c.subject_id for c in read_study(config, phantoms).sites[site] if c.split == "train"
     }
-    identity = load_identity(home / "identity.key")
+    identity = make_identity(home / "identity.key")
     with open_ledger(home / "ledger", identity, home / "ledger_copy") as ledger:
         cohort = ledger.cohort(sorted(patients))
         cohort.import_external([Spending(0.5, 1.0, steps)], stands_for="0:" + "a" * 64)

@@ -300,7 +300,7 @@ def test_a_group_of_that_number_elsewhere_is_left_alone(tmp_path: Path) -> None:
 
     other = subprocess.Popen(["sleep", "600"], cwd="/", start_new_session=True)
     mark = tmp_path / "group"
-    mark.write_text(str(other.pid))
+    mark.write_text(" ".join([str(other.pid), *child._machine()]))
     command = child.command(os.getpid(), mark, {}, ("true",))
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
@@ -308,9 +308,38 @@ def test_a_group_of_that_number_elsewhere_is_left_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0
     assert other.poll() is None
-    assert int(mark.read_text()) != other.pid
+    assert int(mark.read_text().split()[0]) != other.pid
     other.kill()
     other.wait()
+
+
+@pytest.mark.parametrize("since", [None, ["another boot", "pid:[1]"]])
+def test_a_program_whose_number_was_given_away_before_begins(tmp_path: Path, since: Any) -> None:
+    """In a container numbers begin again; a mark may name the very process that reads it."""
+    from samaritan.operate import child
+
+    told = " ".join(since or child._machine())
+    mark = tmp_path / "group"
+    command = child.command(os.getpid(), mark, {}, ("true",))
+    code = f"printf '%s {told}' $$ > '{mark}'; exec " + shlex.join(command)
+    neighbour = subprocess.Popen(["sleep", "600"], cwd=tmp_path)
+    process = subprocess.Popen(
+        ["sh", "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.wait(20) == 0
+    assert mark.read_text().split() == [str(process.pid), *child._machine()]
+    assert neighbour.poll() is None
+    neighbour.kill()
+    neighbour.wait()
+
+
+def test_a_path_that_supervisord_would_cut_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "kit ; old"
+    (folder / "run").mkdir(parents=True)
+    with pytest.raises(DeploymentError) as caught:
+        processes.run(folder, [])
+    assert caught.value.code == "SAM-N406"
 
 
 def test_a_second_start_is_refused_and_harms_nothing(tmp_path: Path, supervised: Any) -> None:

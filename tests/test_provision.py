@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 from client.settings import SiteSettings
 from samaritan.audit.policy import SitePolicy
 from samaritan.errors import ConfigError, SamaritanError, StorageError, TrustError
-from samaritan.keys import Identity, load_identity
+from samaritan.keys import Identity, make_identity
 from samaritan.lock import locked
 from samaritan.provision import authority as authority_module
 from samaritan.provision import certificates, kits, requests
@@ -560,7 +560,7 @@ def test_kits_hold_what_is_promised(out: Path, trial: Path) -> None:
         assert set(contents(folder / "authority")) == own | issued
     card = load_kit(site_folder(out, MARY), "site").card
     assert (card.name, card.host, card.port, card.project) == (MARY, "localhost", 9444, "liver")
-    plan = load_identity(out / "authority/plan.key").public.hex()
+    plan = make_identity(out / "authority/plan.key").public.hex()
     assert card.plan_signer == plan == load_kit(out / "server", "server").card.plan_signer
     assert (out / "server/plan.pub").read_text().strip() == plan
     assert load_kit(out / "server", "server").card.name == "server"
@@ -1095,7 +1095,7 @@ def test_request_sign_accept(out: Path, tmp_path: Path) -> None:
     seen = handshake(server_side(out / "server"), client_side(kit.folder))
     assert (("commonName", MARY),) in seen["subject"]
 
-    identity = load_identity(kit.path("identity.key")).public
+    identity = make_identity(kit.path("identity.key")).public
     assert signed.fingerprint == fingerprint(identity) == kit_fingerprints(kit)["identity"]
     (member,) = members(out / "authority").values()
     assert member.name == signed.site == MARY

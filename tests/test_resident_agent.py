@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,8 @@ from client.studies import Studies
 from samaritan import __version__
 from samaritan.audit.gate import Gate
 from samaritan.audit.policy import SitePolicy
-from samaritan.config import config_sha256, parse_config
+from samaritan.codecs import encode
+from samaritan.config import CodecConfig, config_sha256, parse_config
 from samaritan.errors import (
     AuditError,
     DataError,
@@ -45,9 +47,10 @@ from samaritan.errors import (
     SamaritanError,
     TrustError,
 )
-from samaritan.keys import Identity, is_signed, load_identity
+from samaritan.keys import Identity, is_signed, make_identity
 from samaritan.messages import Answer, Instruction, MaskingStep, Request, sealed
 from samaritan.models.adapter import build_adapted
+from samaritan.models.bases import state_sha256
 from samaritan.plan import Plan, PlannedBase, PlannedSite, sign_plan, write_plan
 from samaritan.provision.kit import load_kit
 from samaritan.provision.kits import provision
@@ -60,12 +63,13 @@ PLANTED = "/srv/patients/JANE_DOE_1970.nii.gz"
 
 INSTRUCTION = Instruction(2, 7, "c" * 64, "b" * 64, 1.5, "d" * 64, "e" * 64, 1, "f" * 64)
 STEP = MaskingStep("masked", 3, 17, b"\x00\xff")
+CASES = "a1" * 32
 
 
 @pytest.mark.parametrize("payload", [None, b"", b"SAM\x01" * 1000])
 @pytest.mark.parametrize("step", [None, STEP, replace(STEP, data=b"")])
 def test_requests_and_answers_survive_the_socket(payload, step):
-    asked = Request("train", "a" * 64, "message", "9" * 64, INSTRUCTION, payload, step)
+    asked = Request("train", "a" * 64, "message", "9" * 64, INSTRUCTION, payload, step, "7" * 64)
     assert read_request(io.BytesIO(pack_request(asked))) == asked
     given = Answer(payload, {"dice": 0.1 + 0.2, "steps": 3}, {"ledger": "a"}, step, b"seal")
     assert read_answer(io.BytesIO(pack_answer(given))) == given
@@ -94,6 +98,36 @@ def test_a_changed_byte_never_crashes_a_reader(place, value):
         read_request(io.BytesIO(bytes(data)))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"server_round": 1.5}, {"server_round": True}, {"server_round": "1"}, {"timeout_s": 60},
+     {"timeout_s": "nan"}, {"state_sha256": 7}, {"ledger": None}, {"more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_an_instruction_of_other_types_is_none(changes):
+    """A round of 1.004 would be another round to whoever counts, and the same to whoever trains."""
+    header = {
+        "kind": "train", "plan": "a" * 64, "message": "m", "bundle": "", "step": None, "known": "",
+        "instruction": {**asdict(INSTRUCTION)}, "lengths": [None, None],
+    }  # fmt: skip
+
+    def framed():
+        text = json.dumps(header).encode()
+        return io.BytesIO(b"SAM\x01" + len(text).to_bytes(4, "little") + text)
+
+    assert read_request(framed()).instruction == INSTRUCTION
+    header["instruction"] |= changes
+    with pytest.raises(DeploymentError):
+        read_request(framed())
+    header["instruction"] = None
+    for name, wrong in (("kind", "ping"), ("kind", 1), ("plan", 1), ("message", None)):
+        right, header[name] = header[name], wrong
+        with pytest.raises(DeploymentError):
+            read_request(framed())
+        header[name] = right
+    assert read_request(framed()).instruction is None
+
+
 @pytest.mark.parametrize("lengths", [[1 << 40, 0], [-5, 0], [None], "ab", [0, -1], [2.5, 0]])
 def test_lengths_that_cannot_be_are_refused_before_anything_is_read(lengths):
     header = json.dumps({"lengths": lengths}).encode()
@@ -118,9 +152,9 @@ def train(state="1" * 64, server_round=1, **changes):
 
 def test_an_answer_is_found_again_for_the_same_question_only(tmp_path):
     outbox, answer = Outbox(tmp_path / "outbox"), Answer(b"update", {"steps": 3})
-    assert outbox.find(train()) is None
-    outbox.keep(train(), answer)
-    assert outbox.find(replace(train(), message_id="another", payload=b"x")) == answer
+    assert outbox.find(train(), CASES) is None
+    outbox.keep(train(), CASES, answer)
+    assert outbox.find(replace(train(), message_id="another", payload=b"x"), CASES) == answer
     for other in (
         train("2" * 64),
         train(server_round=2),
@@ -131,28 +165,29 @@ def test_an_answer_is_found_again_for_the_same_question_only(tmp_path):
         replace(train(), plan_sha256="0" * 64),
         replace(train(), step=STEP),
     ):
-        assert outbox.find(other) is None
+        assert outbox.find(other, CASES) is None
+    assert outbox.find(train(), "0" * 64) is None  # somebody is among the cases no more
 
 
 def test_the_outbox_keeps_two_and_passes_over_a_damaged_one(tmp_path):
     outbox = Outbox(tmp_path)
     for number in (1, 2, 3):
-        outbox.keep(train(server_round=number), Answer(bytes([number])))
+        outbox.keep(train(server_round=number), CASES, Answer(bytes([number])))
         time.sleep(0.01)
-    found = [outbox.find(train(server_round=n)) for n in (1, 2, 3)]
+    found = [outbox.find(train(server_round=n), CASES) for n in (1, 2, 3)]
     assert [f and f.payload for f in found] == [None, b"\x02", b"\x03"]
     for path in tmp_path.glob("*.answer"):
         assert path.stat().st_mode & 0o777 == 0o600
         data = bytearray(path.read_bytes())
         data[40] ^= 1
         path.write_bytes(data)
-    assert outbox.find(train(server_round=3)) is None
+    assert outbox.find(train(server_round=3), CASES) is None
 
 
 def test_nothing_is_kept_of_a_roll_call_or_of_a_step_of_a_sum(tmp_path):
     outbox = Outbox(tmp_path)
-    outbox.keep(Request("hello"), Answer())
-    outbox.keep(replace(train(), kind="secure_sum", step=STEP), Answer(step=STEP))
+    outbox.keep(Request("hello"), CASES, Answer())
+    outbox.keep(replace(train(), kind="secure_sum", step=STEP), CASES, Answer(step=STEP))
     assert not list(tmp_path.iterdir())
 
 
@@ -163,17 +198,22 @@ def test_a_round_is_answered_from_three_adapters_and_no_more(tmp_path):
     restraint = Restraint(tmp_path / "asked.json")
     for digit in "123":
         for _ in range(5):
-            restraint.note(train(digit * 64))
+            restraint.note(train(digit * 64), 3)
     with pytest.raises(AuditError) as caught:
-        Restraint(tmp_path / "asked.json").note(train("4" * 64))
+        Restraint(tmp_path / "asked.json").note(train("4" * 64), 3)
     assert caught.value.code == "SAM-A207"
-    restraint.note(train("1" * 64))
-    restraint.note(train("4" * 64, server_round=2))
-    restraint.note(replace(train("4" * 64), kind="evaluate"))
-    restraint.note(Request("hello"))
+    restraint.note(train("1" * 64), 3)
+    restraint.note(train("4" * 64, server_round=2), 3)
+    restraint.note(replace(train("4" * 64), kind="evaluate"), 3)
+    restraint.note(Request("hello"), 3)
+    # What no agent answers does not fill the disk.
+    noted = (tmp_path / "asked.json").read_bytes()
+    for junk in (train(server_round=0), train(server_round=4), train("x" * 10**6), train("4" * 63)):
+        restraint.note(junk, 3)
+    assert (tmp_path / "asked.json").read_bytes() == noted
     (tmp_path / "asked.json").write_text("{")
     with pytest.raises(AuditError) as caught:
-        restraint.note(train())
+        restraint.note(train(), 3)
     assert caught.value.code == "SAM-A208"
 
 
@@ -239,7 +279,7 @@ def plan(consortium, base_sha256):
         members = {}
         for name in ("Ahus", "Bern", "Chur"):
             home = consortium / "kits/sites" / name
-            identity = load_identity(home / "identity.key").public.hex()
+            identity = make_identity(home / "identity.key").public.hex()
             members[name] = PlannedSite(identity=identity, node=(home / "node.pub").read_text())
         tree = {**SMALL, **(config or {})}
         values = {
@@ -255,7 +295,7 @@ def plan(consortium, base_sha256):
 
 @pytest.fixture
 def signer(consortium) -> Identity:
-    return load_identity(consortium / "kits/authority/plan.key")
+    return make_identity(consortium / "kits/authority/plan.key")
 
 
 def approved(kit, plan, signer, policy=None):
@@ -317,7 +357,7 @@ def test_a_changed_approval_is_none(kit, plan, signer, key):
 
 
 def test_two_roles_must_both_approve_with_their_own_keys(kit, plan, ready, signer, tmp_path):
-    officer, chief = load_identity(tmp_path / "officer"), load_identity(tmp_path / "chief")
+    officer, chief = make_identity(tmp_path / "officer"), make_identity(tmp_path / "chief")
     named = {"officer": officer.public.hex(), "chief": chief.public.hex()}
     studies = ready(policy={"approvers": named})
     approvals = studies.approvals
@@ -339,14 +379,14 @@ def test_two_roles_must_both_approve_with_their_own_keys(kit, plan, ready, signe
 
 
 def test_two_roles_of_one_key_are_refused(kit, tmp_path):
-    key = load_identity(tmp_path / "key").public.hex()
+    key = make_identity(tmp_path / "key").public.hex()
     with pytest.raises(TrustError) as caught:
         roles_of(SitePolicy(approvers={"a": key, "b": key}), site_identity(kit))
     assert caught.value.code == "SAM-K306"
 
 
 def test_a_plan_of_another_signer_is_refused(kit, plan, ready, tmp_path):
-    approved(kit, plan(), load_identity(tmp_path / "stranger"))
+    approved(kit, plan(), make_identity(tmp_path / "stranger"))
     with pytest.raises(TrustError) as caught:
         ready().find(hello(plan()))
     assert caught.value.code == "SAM-K302"
@@ -407,6 +447,14 @@ def own_cases(consortium, tmp_path):
     return tmp_path / "cases", (tmp_path / "cases/manifest.csv").read_text().splitlines()
 
 
+def spoil(label):
+    """Changes one voxel."""
+    image = nibabel.load(label)
+    values = np.asarray(image.dataobj).copy()
+    values[0, 0, 0] = 1 - values[0, 0, 0]
+    nibabel.save(nibabel.Nifti1Image(values, image.affine, image.header), label)
+
+
 def test_a_study_keeps_the_cases_it_began_with(kit, plan, ready, signer, own_cases):
     folder, (head, *lines) = own_cases
     approved(kit, plan(), signer)
@@ -424,15 +472,15 @@ def test_a_study_keeps_the_cases_it_began_with(kit, plan, ready, signer, own_cas
     fewer = load(lines[2:])
     assert (fewer["cases"], fewer["cases_left"]) == (len(lines) - 2, 1)
     assert fewer["cases_sha256"] != begun["cases_sha256"]
+    for old, new in (("person_01_003", "pseudonym"), (",train", ",val")):  # of the same files
+        with pytest.raises(DataError, match=r"1 changed \("):
+            load([lines[1], lines[2].replace(old, new), lines[3]])
     with pytest.raises(DataError, match=r"1 came \(") as caught:
         load(lines)
     assert caught.value.code == "SAM-D311"
     assert load(lines[1:])["cases_left"] == 0  # the first ones may come back
     label = folder / "labels/phantom_01_002.nii.gz"
-    image = nibabel.load(label)
-    values = np.asarray(image.dataobj).copy()
-    values[0, 0, 0] = 1 - values[0, 0, 0]
-    nibabel.save(nibabel.Nifti1Image(values, image.affine, image.header), label)
+    spoil(label)
     with pytest.raises(DataError, match=r"1 changed \("):
         load(lines[1:])
     kept = kit.path("state", plan().sha256[:16], "cases.json")
@@ -442,6 +490,47 @@ def test_a_study_keeps_the_cases_it_began_with(kit, plan, ready, signer, own_cas
     with pytest.raises(DataError) as caught:
         load(lines[1:])
     assert caught.value.code == "SAM-D312"
+
+
+def test_who_leaves_moves_nobody_to_another_split(kit, plan, ready, signer, own_cases):
+    folder, (head, *lines) = own_cases
+    approved(kit, plan(), signer)
+    undecided = [line.rsplit(",", 1)[0] for line in lines]
+
+    def splits(lines):
+        text = "\n".join([head.removesuffix(",split"), *lines]) + "\n"
+        (folder / "manifest.csv").write_text(text)
+        agent = ready(data=str(folder)).find(hello(plan()))
+        return {case.case_id: case.split for case in (*agent.train_cases, *agent.val_cases)}
+
+    first = splits(undecided)
+    assert set(first.values()) == {"train", "val"}
+    for number, line in enumerate(undecided):
+        if first[line.split(",")[0]] == "train":
+            rest = splits(undecided[:number] + undecided[number + 1 :])
+            assert rest == {name: first[name] for name in rest}
+
+
+def test_a_case_that_is_touched_while_the_agent_runs_is_not_worked_on(
+    kit, plan, ready, signer, own_cases
+):
+    folder, (head, *lines) = own_cases
+    approved(kit, plan(), signer)
+    studies = ready(data=str(folder))
+    agent = studies.find(hello(plan()))
+    assert studies.find(hello(plan())) is agent
+    (folder / "manifest.csv").write_text("\n".join([head, *lines[1:]]) + "\n")
+    fewer = studies.find(hello(plan()))  # no restart is needed for who takes the consent back
+    assert len(fewer.train_cases) == len(agent.train_cases) - 1
+    assert fewer.cases_sha256 != agent.cases_sha256
+    label = folder / "labels/phantom_01_002.nii.gz"
+    spoil(label)
+    with pytest.raises(DataError) as caught:
+        studies.find(hello(plan()))
+    assert caught.value.code == "SAM-D311"
+    label.unlink()
+    with pytest.raises(SamaritanError):
+        studies.find(hello(plan()))
 
 
 def entries(kit):
@@ -748,6 +837,54 @@ def test_a_real_site_seals_logs_and_resends(kit, plan, ready, signer, monkeypatc
     assert sum(e["type"] == "study_loaded" for e in entries(kit)) == 1
 
 
+def test_a_site_that_lacks_an_answer_the_server_has_is_a_copy_and_says_so(
+    kit, plan, ready, signer, tmp_path
+):
+    """Two kits with the same keys, of which one has answered since they were one."""
+    made = plan()
+    approved(kit, made, signer)
+    shutil.copytree(kit.folder, tmp_path / "copy")
+    copy = load_kit(tmp_path / "copy", "site")
+
+    def site_of(kit):
+        found = Studies(kit, load_settings(kit.path("site.yaml")), site_identity(kit), log_of(kit))
+        return Site("Ahus", found.find, Gate(log_of(kit), SitePolicy()), site_identity(kit))
+
+    def log_of(kit):
+        return site_log(kit, site_identity(kit))
+
+    site, other = site_of(kit), site_of(copy)
+    said = site.answer(hello(made))
+    asked = hello(made, known_answer=said.sha256)
+    assert site.answer(asked).texts == said.texts
+    assert other.answer(hello(made)).texts == said.texts  # the server does not know any answer yet
+    state = said.texts["adapter-sha256"]
+    asked = Instruction(1, 3, config_sha256(made.config), made.base.sha256, 60.0, state)
+    update = site.answer(Request("train", made.sha256, "m1", "9" * 64, asked))
+    for kind in ("hello", "train", "evaluate"):
+        with pytest.raises(RedactedError) as caught:
+            other.answer(
+                Request(kind, made.sha256, "m2", "9" * 64, asked, known_answer=update.sha256)
+            )
+        assert caught.value.code == "SAM-A209"
+    refused = [e["code"] for e in entries(copy) if e["type"] == "refused"]
+    assert refused == ["SAM-A209"] * 3
+    # The server learns of nothing but answers whether this log has it.
+    for text in (entries(kit)[0]["site"], entries(kit)[-1]["prev"], '", "'):
+        with pytest.raises(RedactedError):
+            site.answer(hello(made, known_answer=text))
+    # A log that was moved aside, as its own hint says, still counts; a lost one by decision only.
+    shutil.move(kit.path("log/site.jsonl"), kit.path("log/old.jsonl"))
+    moved = site_of(kit)
+    moved.answer(hello(made, known_answer=update.sha256))
+    shutil.rmtree(kit.path("log"))
+    lost = site_of(kit)
+    with pytest.raises(RedactedError):
+        lost.answer(hello(made, known_answer=update.sha256))
+    kit.path("log/lost.txt").write_text(f'"answer_sha256":"{update.sha256}"')
+    lost.answer(hello(made, known_answer=update.sha256))
+
+
 def test_a_server_that_asks_for_something_else_gets_codes_and_the_site_stays_well(
     kit, plan, ready, signer
 ):
@@ -762,6 +899,8 @@ def test_a_server_that_asks_for_something_else_gets_codes_and_the_site_stays_wel
         ({"rounds": 1000}, "SAM-F201"),
         ({"config_sha256": "0" * 64}, "SAM-F201"),
         ({"server_round": 4}, "SAM-F202"),
+        ({"timeout_s": float("nan")}, "SAM-F202"),
+        ({"timeout_s": 0.0}, "SAM-F202"),
         ({"state_sha256": "0" * 64}, "SAM-F203"),
     ):
         asked = Request("train", made.sha256, "m", "9" * 64, replace(right, **changes))
@@ -771,9 +910,44 @@ def test_a_server_that_asks_for_something_else_gets_codes_and_the_site_stays_wel
     with pytest.raises(RedactedError) as caught:
         site.answer(Request("train", made.sha256, "m", "9" * 64, right, b"crafted"))
     assert caught.value.code == "SAM-F204"
+    initial = found.find(hello(made)).initial
+    for factor, code in ((50.0, "SAM-F209"), (9.0, None)):
+        noise = {
+            name: factor * value.square().mean().sqrt().clamp(min=0.1) * torch.ones_like(value)
+            for name, value in initial.items()
+        }
+        made_up = replace(right, state_sha256=state_sha256(noise))
+        sent = encode(noise, CodecConfig(), header={}, seed=0)
+        asked = Request("evaluate", made.sha256, "m", "9" * 64, made_up, sent)
+        if code is None:
+            assert "dice" in site.answer(asked).numbers
+            continue
+        with pytest.raises(RedactedError) as caught:
+            site.answer(asked)
+        assert caught.value.code == code
     refused = [e["code"] for e in entries(kit) if e["type"] == "refused"]
-    assert refused == ["SAM-F201"] * 3 + ["SAM-F202", "SAM-F203", "SAM-F204"]
+    assert refused == [
+        "SAM-F201", "SAM-F201", "SAM-F201", "SAM-F202", "SAM-F202", "SAM-F202", "SAM-F203",
+        "SAM-F204", "SAM-F209",
+    ]  # fmt: skip
     assert site.answer(Request("train", made.sha256, "m", "9" * 64, right)).payload
+
+
+def test_a_server_cannot_fill_the_disk_with_names(kit, plan, ready, signer):
+    made = plan()
+    approved(kit, made, signer)
+    found = ready()
+    site = Site("Ahus", found.find, Gate(found._log, SitePolicy()), site_identity(kit))
+    asked = Instruction(1, 3, config_sha256(made.config), made.base.sha256, 60.0, "x" * 10**6)
+    for request in (
+        Request("hello", "x" * 10**6, "m" * 10**6, "9" * 64),
+        Request("train", made.sha256, "m", "9" * 64, asked),
+        Request("train", made.sha256, "m", "9" * 64, replace(asked, server_round=10**9)),
+    ):
+        with pytest.raises(RedactedError):
+            site.answer(request)
+    written = [p for name in ("log", "state") for p in kit.path(name).rglob("*") if p.is_file()]
+    assert sum(path.stat().st_size for path in written) < 20_000
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become other users")

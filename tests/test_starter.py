@@ -1,4 +1,4 @@
-"""The starter of couriers, with real processes and a node that only listens."""
+"""The starter of couriers and the node, as real processes."""
 
 from __future__ import annotations
 
@@ -154,3 +154,24 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+RETURNS = """
+import sys, threading, time
+import client.node as node
+
+def flower_supernode():
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    if sys.argv[1] != "returns":
+        sys.exit(int(sys.argv[1]))
+
+node.flower_supernode, node._AGAIN_S = flower_supernode, 0.1
+node.main()
+"""
+
+
+@pytest.mark.parametrize("end", ["returns", "1", "305"])
+def test_a_node_that_flower_gave_up_ends_for_its_supervisor(end: str) -> None:
+    """Flower returns from a line that broke in a handshake, and leaves a thread running."""
+    done = subprocess.run([sys.executable, "-c", RETURNS, end], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0

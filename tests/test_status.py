@@ -47,7 +47,7 @@ from client.status import status_app as site_app
 from samaritan import __version__
 from samaritan.config import parse_config
 from samaritan.errors import DeploymentError
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.plan import Plan, PlannedBase, PlannedSite, read_plan, sign_plan, write_plan
 from samaritan.privacy.accounting import epsilon_of
 from samaritan.privacy.plan import privacy_plan
@@ -102,7 +102,7 @@ def make_plan(kits: Path, sites: Sequence[str], study: str = "liver", **config: 
     planned = {}
     for name in sites:
         site = kits / "sites" / folder_name(name)
-        identity = load_identity(site / "identity.key").public.hex()
+        identity = make_identity(site / "identity.key").public.hex()
         planned[name] = PlannedSite(identity=identity, node=(site / "node.pub").read_text().strip())
     plan = Plan(
         schema=1,
@@ -116,7 +116,7 @@ def make_plan(kits: Path, sites: Sequence[str], study: str = "liver", **config: 
         base=PlannedBase(name="tiny", sha256="a" * 64),
         sites=planned,
     )
-    signed = sign_plan(plan, load_identity(kits / "authority/plan.key"))
+    signed = sign_plan(plan, make_identity(kits / "authority/plan.key"))
     path = plan_file(load_kit(kits / "server", "server"), plan.sha256)
     path.parent.mkdir(exist_ok=True)
     write_plan(path, signed)
@@ -1091,7 +1091,7 @@ class SiteWorld:
         identity = site_identity(self.kit)
         approvals = Approvals(self.kit, roles_of(settings.policy, identity))
         signed = sign_plan(
-            self.plan, load_identity(self.kit.folder.parents[1] / "authority/plan.key")
+            self.plan, make_identity(self.kit.folder.parents[1] / "authority/plan.key")
         )
         approvals.approve(signed, role, key or identity)
 
@@ -1247,7 +1247,7 @@ def test_what_a_dry_run_kept_did_not_leave(site: SiteWorld) -> None:
 
 
 def test_a_site_shows_who_has_approved_and_who_has_not(site: SiteWorld, tmp_path: Path) -> None:
-    keys = {role: load_identity(tmp_path / f"{role}.key") for role in ("ethics", "it")}
+    keys = {role: make_identity(tmp_path / f"{role}.key") for role in ("ethics", "it")}
     policy = {"approvers": {role: key.public.hex() for role, key in keys.items()}}
     site.settings(policy=policy)
     site.approve("it", keys["it"])

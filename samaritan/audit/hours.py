@@ -53,14 +53,15 @@ def _read(text: str) -> tuple[frozenset[int], int, int]:
             first = _DAYS.index(found["first"])
             last = _DAYS.index(found["last"] or found["first"])
             days = frozenset((first + n) % 7 for n in range((last - first) % 7 + 1))
-        begin, end = _minute(found["begin"]), _minute(found["end"])
+        begin = _minute(found["begin"])
+        end = 24 * 60 if found["end"] == "24:00" else _minute(found["end"])
         if begin == end:
             raise ValueError
     except ValueError:
         raise AuditError(
             "SAM-A206",
             f"policy.hours holds {text!r}",
-            'Write windows such as "19:00-06:00", "Sat 00:00-23:59" or "Mon-Fri 19:00-06:00".',
+            'Write windows such as "19:00-06:00", "Sat 00:00-24:00" or "Mon-Fri 19:00-06:00".',
         ) from None
     return days, begin, end
 

@@ -84,6 +84,19 @@ class Log:
             self._catch_up(file)
             return self._write(file, kind, fields)
 
+    def holds_answer(self, sha256: str) -> bool:
+        """Whether an answer of that hash stands in this log, or in a file beside it.
+
+        Raises:
+            AuditError: SAM-A102 when a file cannot be read.
+        """
+        line = f'"answer_sha256":"{sha256}"'.encode()
+        try:
+            files = sorted(path for path in self.path.parent.iterdir() if path.is_file())
+            return any(line in path.read_bytes() for path in files)
+        except OSError as error:
+            raise _unwritable(self.path, error.strerror or str(error)) from error
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         """The file, for this process alone."""

@@ -27,8 +27,8 @@ from samaritan.keys import is_signed
 from samaritan.messages import answer_hash, sealed_fields
 
 _KNOWN = {
-    "genesis", "repair", "started", "stopped", "study_loaded", "request", "egress", "dry_run",
-    "refused", "ingress", "forged", "unreadable", "error",
+    "genesis", "repair", "started", "stopped", "plan_approved", "study_loaded", "request", "egress",
+    "dry_run", "refused", "ingress", "forged", "unreadable", "error",
 }  # fmt: skip
 _QUESTION = {"message": str, "kind": str, "round": int, "plan": str}
 _MANIFEST = _QUESTION | {

@@ -57,11 +57,11 @@ def accept(
 def key(file: Annotated[Path, typer.Argument(help="Where to make it.")]) -> None:
     """Make the key of one role, for policy.approvers in site.yaml."""
     from samaritan.errors import TrustError
-    from samaritan.keys import load_identity
+    from samaritan.keys import make_identity
 
     if file.exists():
         raise TrustError("SAM-K314", f"{file} exists", "Name a new file; keys are not replaced.")
-    typer.echo(f"public key for site.yaml: {load_identity(file).public.hex()}")
+    typer.echo(f"public key for site.yaml: {make_identity(file).public.hex()}")
 
 
 @app.command()
@@ -94,12 +94,14 @@ def approve(
     require_agreement(settings.policy, signed.plan, tuple(shapes))
     approvals = Approvals(found, roles_of(settings.policy, identity))
     own = identity if key is None else load_identity(key)
-    approvals.approve(signed, role or SITE_ROLE, own)
     sha256 = signed.plan.sha256
+    approvals.require_role(role or SITE_ROLE, own)
+    # Before it counts: an approval that the log does not have must not be one.
     site_log(found, identity).append(
         "plan_approved", plan=sha256, study=signed.plan.study, role=role or SITE_ROLE,
         key=own.public.hex(), ethics=list(signed.plan.ethics),
     )  # fmt: skip
+    approvals.approve(signed, role or SITE_ROLE, own)
     missing = approvals.missing(sha256)
     if as_json:
         print_json({"plan": sha256, "study": signed.plan.study, "missing": missing})

@@ -57,7 +57,10 @@ def end_group(mark: Path, folder: Path) -> None:
         folder: In which its processes work: a number may mean another group by now.
     """
     with contextlib.suppress(OSError, ValueError):
-        group = int(mark.read_text())
+        leader, *since = mark.read_text().split()
+        group = int(leader)
+        if since != _machine():
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + _PATIENCE_S
             while (left := list(_left(group, folder))) and time.monotonic() < end:
@@ -70,14 +73,26 @@ def _begin_group(mark: Path) -> None:
     end_group(mark, Path.cwd())
     if os.getpgrp() == os.getpid():
         with contextlib.suppress(OSError):
-            mark.write_text(str(os.getpid()))
+            mark.write_text(" ".join([str(os.getpid()), *_machine()]))
+
+
+def _machine() -> list[str]:
+    """What is another after a restart of the machine or container, where numbers begin again."""
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _namespace()]
+
+
+def _namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())
 
 
 def _left(group: int, folder: Path) -> Iterator[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, belongs, *_ = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            if (int(belongs), state == "Z") == (group, False) and folder.samefile(entry / "cwd"):
+            mine = int(entry.name) == os.getpid()
+            if int(belongs) != group or state == "Z" or mine:
+                continue
+            if folder.samefile(entry / "cwd"):
                 yield int(entry.name)
 
 

@@ -55,13 +55,20 @@ def run(folder: Path, programs: Sequence[Program]) -> None:
         programs: To be kept alive.
 
     Raises:
-        DeploymentError: SAM-N401 when they are running already.
+        DeploymentError: SAM-N401 when they are running already, SAM-N406 for a path that
+            supervisord cannot read.
     """
     if _is_up(folder):
         raise DeploymentError(
             "SAM-N401",
             f"the processes of {folder} are running already",
             "`samaritan server status` or `samaritan site status` shows them; stop them first.",
+        )
+    if " ;" in str(folder):
+        raise DeploymentError(
+            "SAM-N406",
+            f"supervisord cannot read the path {folder}: a blank and a semicolon begin a comment",
+            "Move the kit.",
         )
     path = folder / RUN / "supervisord.conf"
     write_atomically(path, configuration(folder, programs).encode(), private=True)
@@ -109,6 +116,8 @@ def stop(folder: Path) -> None:
         time.sleep(_POLL_S)
     for mark in (folder / RUN).glob(f"*{_GROUP}"):  # a program may leave some behind
         child.end_group(mark, folder)
+        with contextlib.suppress(OSError):
+            mark.unlink()
 
 
 def reload(folder: Path, name: str) -> None:

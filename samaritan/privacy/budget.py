@@ -11,7 +11,7 @@ import cryptography
 
 from samaritan import __version__
 from samaritan.config import Config
-from samaritan.keys import load_identity
+from samaritan.keys import make_identity
 from samaritan.privacy.accounting import Epsilon
 from samaritan.privacy.audit.gate import require_sound_mechanism
 from samaritan.privacy.ledger import Charge, Ledger, Question, hash_of, open_ledger
@@ -100,5 +100,5 @@ class Budget:
             return ledger.cohort(self.members).spent(self.plan.delta)
 
     def _ledger(self) -> AbstractContextManager[Ledger]:
-        identity = load_identity(self.home / "identity.key")
+        identity = make_identity(self.home / "identity.key")
         return open_ledger(self.home / "ledger", identity, self.home / "ledger_copy")

@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 from samaritan.config import Section
 from samaritan.errors import TrustError
 from samaritan.files import write_atomically
-from samaritan.keys import load_identity
+from samaritan.keys import load_identity, make_identity
 from samaritan.lock import locked
 from samaritan.provision import certificates
 from samaritan.provision.certificates import Signer
@@ -462,7 +462,7 @@ def _make_keys(folder: Path, project: Project) -> None:
         made = certificates.certify_authority(key, project.project, certificates.now())
         write_atomically(certificate_path, certificates.pem(made))
     if not (folder / "plan.pub").exists():
-        public = load_identity(folder / "plan.key").public
+        public = make_identity(folder / "plan.key").public
         write_atomically(folder / "plan.pub", f"{public.hex()}\n".encode())
 
 

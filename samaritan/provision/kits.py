@@ -171,6 +171,7 @@ def refresh_kits(folder: Path) -> tuple[str, ...]:
     out = folder.resolve().parent
     with open_authority(folder) as authority:
         before = _contents(out, authority.project)
+        authority.write_revocations()  # one that ended in the middle has left the list behind
         _write_kits(authority, out)
         return _changed(before, _contents(out, authority.project))
 

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from samaritan.config import Section
 from samaritan.errors import TrustError
 from samaritan.files import write_atomically
-from samaritan.keys import Identity, is_signed, load_identity
+from samaritan.keys import Identity, is_signed, load_identity, make_identity
 from samaritan.lines import canonical
 from samaritan.provision import certificates
 from samaritan.provision.authority import open_authority
@@ -142,7 +142,7 @@ def site_keys(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, Identity]:
             write_atomically(path, content(key), private=True)
     if not public.exists():
         write_atomically(public, f"{text}\n".encode())
-    return key, load_identity(folder / "identity.key")
+    return key, make_identity(folder / "identity.key")
 
 
 def make_request(kit: Kit) -> Path:
