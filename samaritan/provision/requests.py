@@ -245,7 +245,7 @@ def accept_certificate(kit: Kit, path: Path) -> datetime:
         ) from error
     if not kit.path("site.key").exists():
         raise TrustError(
-            "SAM-K310",
+            "SAM-K149",
             f"{kit.folder} holds no site.key",
             "Take the kit in which `samaritan site request` was run; a certificate is for its key.",
         )
