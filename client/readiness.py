@@ -121,7 +121,7 @@ def plans(kit: Kit, settings: SiteSettings) -> Generator[Finding, None, list[Pla
         known = approvals.known()
         node_key = kit.path("node.pub").read_text("utf-8")
     except SamaritanError as error:
-        yield note("plans", error.message, error.hint, error.code)
+        yield fault("plans", error)
         return []
     except OSError as error:
         yield note("plans", f"{error.filename}: {error.strerror}", "Look as root.")

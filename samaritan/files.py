@@ -43,7 +43,7 @@ def write_atomically(
         raise StorageError(
             "SAM-S101",
             f"cannot write {path} ({len(payload)} bytes): {error.strerror or error}",
-            "Free space or mend the permissions; a run goes on with --resume.",
+            "Free space or mend the permissions, then repeat it; a run goes on with --resume.",
         ) from error
     finally:  # after Ctrl-C too
         with contextlib.suppress(OSError):

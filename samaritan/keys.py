@@ -37,9 +37,12 @@ def load_identity(path: Path) -> Identity:
 
     Raises:
         PrivacyError: SAM-P301 when it holds no key, or is not there.
+        PermissionError: When this user may not read it.
     """
     try:
         return Identity(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+    except PermissionError:  # nothing is wrong with the key
+        raise
     except (OSError, ValueError) as error:
         raise PrivacyError(
             "SAM-P301",

@@ -178,8 +178,10 @@ def read_plan(path: Path, signer: bytes | None = None) -> SignedPlan:
         whole = plan.model_dump(mode="json", by_alias=True) == tree["plan"]
     except ValidationError as error:
         raise _unreadable(path, _faults(error)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(path, type(error).__name__) from error
+    except OSError as error:
+        raise _unreadable(path, str(error.strerror)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, f"it is damaged ({type(error).__name__})") from error
     if not whole:
         raise _unreadable(path, "it is not written as this version writes plans")
     if signer not in (None, key) or not is_signed(key, _PURPOSE + _content(plan), signature):

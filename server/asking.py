@@ -20,6 +20,7 @@ from server.delivery import Delivery
 from server.ingress import Ingress
 from server.judgement import BUDGET_SPENT, History, last_ledger, last_used
 from strategies.replies import (
+    LOST,
     Expected,
     Reply,
     error_status,
@@ -163,8 +164,9 @@ class Asking:
     def score(self, sites: Sequence[str]) -> None:
         """Asks for the score of the present state."""
         self._score(sites)
-        if stale := self._stale(sites, self.scored):
-            self._score(stale)
+        lost = [site for site in sites if self.scored[site].status in LOST]
+        if again := [*self._stale(sites, self.scored), *lost]:
+            self._score(again)
 
     def _stale(self, sites: Sequence[str], replies: Mapping[str, Reply]) -> list[str]:
         """Sites that do not hold what they should; they are sent the whole state the next time."""

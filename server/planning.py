@@ -27,6 +27,7 @@ from samaritan.plan import Plan, PlannedBase, PlannedSite, SignedPlan, sign_plan
 from samaritan.privacy.rules import check_privacy
 from samaritan.provision.authority import Member, members, open_authority
 from samaritan.provision.certificates import now
+from samaritan.provision.project import load_project
 from samaritan.shares import get_sharing
 from server.bundle import bundle_sha256
 from server.federation import check_sites
@@ -72,7 +73,8 @@ def make_plan(description: Path, authority: Path, overrides: list[str], today: d
     study = _read(description)
     config = load_config(description.parent / study.config, overrides)
     known = members(authority)
-    names = study.sites if study.sites is not None else tuple(sorted(known))
+    all_sites = tuple(sorted(load_project(authority / "project.yaml").names()))
+    names = all_sites if study.sites is None else study.sites
     for name in names:
         _require_valid(known, name)
     _check(config, names)
@@ -101,7 +103,10 @@ def make_plan(description: Path, authority: Path, overrides: list[str], today: d
             },
         )
     except ValidationError as error:
-        faults = "; ".join(d["msg"].removeprefix("Value error, ") for d in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, d['loc']))} {d['msg'].removeprefix('Value error, ')}".strip()
+            for d in error.errors()
+        )
         raise TrustError(
             "SAM-K313", f"{description} makes no plan: {faults}", "Mend the configuration."
         ) from error

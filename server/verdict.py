@@ -151,7 +151,8 @@ def _down(what: str) -> Verdict:
     return Verdict(
         DOWN,
         f"Nothing runs on the server. {what}",
-        "Start it with `samaritan server start KIT`, then run the plan again to go on.",
+        "Start it with `samaritan server start KIT`, then `samaritan run PLAN`, which goes on "
+        "where a run has ended.",
     )
 
 

@@ -35,11 +35,16 @@ _LARGEST = 1e6
 
 
 _FLOWER_ERRORS = {
+    3: "the question was lost on the way",
+    4: "the answer was lost on the way",
     5: "the site went offline",
     7: "the app bundle was refused",
     8: "its courier died",
 }
 """What Flower's error codes mean here."""
+
+LOST = frozenset(f"failed: {_FLOWER_ERRORS[code]}" for code in (3, 4))
+"""Statuses of sites that are well: a line broke while a message was on it."""
 
 _LEDGER = re.compile(r"[0-9a-f]{64}")
 

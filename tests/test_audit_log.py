@@ -21,6 +21,7 @@ from flwr.app import ConfigRecord, Error, Message
 
 from client.app import make_client_app
 from client.site import Site
+from samaritan.audit import verify
 from samaritan.audit.gate import Gate
 from samaritan.audit.log import START, LineError, Log, entries
 from samaritan.audit.policy import SitePolicy
@@ -1187,6 +1188,30 @@ def test_the_command_tells_warnings(samaritan, world, tmp_path):
     done = samaritan("audit", "log", "verify", site)
     assert done.code == 0
     assert f"warning: {site}, line 52: the last line was cut short (6 bytes)" in done.out
+
+
+def test_a_key_is_compared_with_a_log_that_names_another(samaritan, tmp_path):
+    """Without a log of the server too."""
+    own, other = (make_identity(tmp_path / f"{name}.key").public.hex() for name in "ab")
+    log = Log(tmp_path / "log.jsonl", {"site": "A", "key": own})
+    log.append("plan_approved", plan="a" * 64, role="site")
+    done = samaritan("audit", "log", "verify", log.path, "--key", own)
+    assert (done.code, "warning" in done.out) == (0, False)
+    done = samaritan("audit", "log", "verify", log.path, "--key", other)
+    assert done.code == 1
+    assert "it names another key than the one that was given" in done.err
+
+
+def test_every_type_of_line_that_is_written_is_known():
+    """A log that its own version warns of would teach people to pass over warnings."""
+    root = Path(__file__).resolve().parents[1]
+    written = set()
+    for folder in ("client", "server", "samaritan", "simulation"):
+        for path in (root / folder).rglob("*.py"):
+            calls = re.findall(r"[lL]og(?:\([^()]*\))?\.append\(\s*(\S[^,)]*)", path.read_text())
+            written |= {word for call in calls for word in re.findall(r'"([a-z_]+)"', call)}
+    assert written >= {"plan_approved", "study_loaded", "egress", "refused", "ingress", "forged"}
+    assert written <= verify._KNOWN
 
 
 @pytest.mark.parametrize("key", ["00", "missing.pub", "F" * 64])

@@ -601,6 +601,30 @@ def test_an_unreadable_answer_is_written_down_and_not_admitted(
     assert (line["site"], line["reason"]) == ("a", "TypeError")
 
 
+@pytest.mark.parametrize("code", [3, 4])
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_message_that_was_lost_on_the_way_is_asked_again(
+    deploy: Any, monkeypatch: pytest.MonkeyPatch, kind: str, code: int
+) -> None:
+    """Flower tells of it minutes later; the site is well."""
+    config = config_of(rounds=1, federation={"retries": 1, "retry_wait_s": 0, "min_sites": 2})
+    grid, federation = deploy(config, {"a": None, "b": None})
+    answer, lost = grid._answer, []
+
+    def once(message: Message) -> Message:
+        asked = (message.metadata.dst_node_id, message.metadata.message_type)
+        if asked == (1000, kind) and not lost:
+            lost.append(message)
+            return Message(Error(code, ""), reply_to=message)
+        return answer(message)
+
+    monkeypatch.setattr(grid, "_answer", once)
+    entry = run_rounds(grid, federation).history[0]
+    assert lost
+    assert [entry["sites"][site]["status"] for site in "ab"] == ["ok", "ok"]
+    assert entry["sites"]["a"]["dice"] is not None
+
+
 def test_an_error_needs_no_seal_and_its_text_is_not_kept(deploy: Any) -> None:
     def fails(request: Request, name: str, answer: Answer) -> Answer:
         raise ValueError("patient_007")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from samaritan.plan import (
 )
 from samaritan.provision.authority import members, open_authority
 from samaritan.provision.kits import provision
+from server import planning
 from server.bundle import bundle_sha256
 from server.planning import make_plan
 
@@ -136,6 +138,52 @@ def test_a_plan_says_all_that_will_be_done(
     assert (plan.training_sites, plan.observers) == (SITES, ())
     assert signed.signer == make_identity(consortium / "authority/plan.key").public
     assert signed.signer.hex() == (consortium / "authority/plan.pub").read_text().strip()
+
+
+def test_all_sites_are_those_of_the_project(make: Any, consortium: Path, tmp_path: Path) -> None:
+    """One that is still to send its request is not left out in silence."""
+    authority = tmp_path / "authority"
+    shutil.copytree(consortium / "authority", authority)
+    assert set(make({"sites": None}, authority=authority).plan.sites) == set(
+        members(consortium / "authority")
+    )
+    project = yaml.safe_load((authority / "project.yaml").read_text())
+    project["sites"].append({**project["sites"][0], "name": "Newcomer"})
+    (authority / "project.yaml").write_text(yaml.safe_dump(project))
+    error = error_of(lambda: make({"sites": None}, authority=authority))
+    assert (error.code, "Newcomer has no certificate" in error.message) == ("SAM-K312", True)
+
+
+def test_a_site_whose_certificate_has_ended_is_in_no_plan(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "now", lambda: datetime(2099, 1, 1, tzinfo=UTC))
+    error = error_of(make)
+    assert (error.code, "had one until" in error.message) == ("SAM-K312", True)
+
+
+@pytest.mark.parametrize("name", ["plan.key", "plan.pub", "ca.crt"])
+def test_an_authority_that_is_not_whole_signs_nothing_and_gets_no_new_key(
+    make: Any, consortium: Path, tmp_path: Path, name: str
+) -> None:
+    authority = tmp_path / "authority"
+    shutil.copytree(consortium / "authority", authority)
+    (authority / name).unlink()
+    assert error_of(lambda: make(authority=authority)).code == "SAM-K102"
+    assert not (authority / name).exists()
+
+
+def test_a_plan_takes_the_place_of_no_other_file(
+    make: Any, consortium: Path, tmp_path: Path, samaritan: Any
+) -> None:
+    make()  # writes the descriptions
+    words = ("plan", "make", tmp_path / "study.yaml", "--authority", consortium / "authority")
+    before = (tmp_path / "run.yaml").read_text()
+    done = samaritan(*words, "--out", tmp_path / "run.yaml")
+    assert (done.code, "SAM-K315" in done.err) == (1, True)
+    assert (tmp_path / "run.yaml").read_text() == before
+    for _ in range(2):  # a plan may be made again
+        assert samaritan(*words, "--out", tmp_path / "plan.json").code == 0
 
 
 def test_sites_can_be_chosen_and_some_may_only_score(make: Any) -> None:

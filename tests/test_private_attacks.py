@@ -52,7 +52,7 @@ SMALL = {
     "peft": {"rank": 2},
     "data": {"source": "phantoms", "sites": 3, "cases_per_site": 4, "slice_axis": "axial"},
     "training": {"precision": "fp32", "slices_per_case": 1, "batch_size": 4},
-    "federation": {"weighting": "uniform", "retry_wait_s": 0, "wait_s": 0.1},
+    "federation": {"weighting": "uniform", "retry_wait_s": 0, "wait_s": 5.0},
     "privacy": {
         "unit": "patient", "epsilon": 30, "records": 10, "sampling_rate": 0.5,
         "steps_per_round": 1, "slices_per_patient": 1, "noise_multiplier": 1.0,

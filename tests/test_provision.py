@@ -1460,7 +1460,7 @@ def test_a_site_accepts_its_own_certificate_alone(
         path, code = kit.path("site.key"), "SAM-K121"
     else:
         kit.path("site.key").unlink()
-        code = "SAM-K122"
+        code = "SAM-K149"
     before = contents(kit.folder)
     assert code_of(lambda: accept_certificate(kit, path)) == code
     assert contents(kit.folder) == before

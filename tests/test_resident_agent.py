@@ -325,6 +325,41 @@ def ready(kit, consortium):
 # Approvals.
 
 
+def test_an_approval_that_the_log_does_not_have_is_none(kit, plan, signer, samaritan, tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(path, sign_plan(plan(), signer))
+    kit.path("log").mkdir()
+    kit.path("log/site.jsonl").write_text("no log\n")
+    done = samaritan("site", "approve", path, "--kit", kit.folder)
+    assert (done.code, "SAM-A101" in done.err) == (1, True)
+    assert not list(kit.path("approvals").glob("*"))
+    kit.path("log/site.jsonl").unlink()
+    done = samaritan("site", "approve", path, "--kit", kit.folder)
+    assert done.code == 0, done.err
+    assert [e["type"] for e in entries(kit)] == ["genesis", "plan_approved"]
+
+
+def test_a_key_that_is_not_there_is_not_made_by_approving(kit, plan, signer, samaritan, tmp_path):
+    path, key = tmp_path / "plan.json", tmp_path / "stick/officer.key"
+    write_plan(path, sign_plan(plan(), signer))
+    done = samaritan("site", "approve", path, "--kit", kit.folder, "--key", key)
+    assert (done.code, "SAM-P301" in done.err) == (1, True)
+    assert not key.parent.exists()
+    assert samaritan("site", "key", tmp_path / "officer.key").code == 0
+    public = make_identity(tmp_path / "officer.key").public.hex()
+    done = samaritan("site", "key", tmp_path / "officer.key")
+    assert (done.code, public in done.err) == (1, True)
+
+
+def test_the_status_of_a_site_says_how_its_plans_stand(kit, plan, signer, samaritan):
+    approved(kit, plan(), signer)
+    over = plan(study="old", valid_until=date(2026, 11, 1))
+    approved(kit, over, signer)
+    told = samaritan("site", "status", kit.folder).out
+    assert f"plan {plan().sha256[:16]}: study liver, approved, valid until" in told
+    assert f"plan {over.sha256[:16]}: SAM-K303" in told
+
+
 def test_a_plan_nobody_approved_is_refused(kit, plan, ready, signer):
     with pytest.raises(TrustError) as caught:
         ready().find(hello(plan()))

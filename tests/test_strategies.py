@@ -169,7 +169,8 @@ OTHER = "refused: the message is about tensors of other names or shapes"
 BAD_ANSWERS = {
     "error": (reply(error=Error(code=2, reason=f"<ValueError>:<'{PLANTED}'>")), "failed: error 2"),
     "coded error": (reply(error=Error(code=2, reason="x SAM-T102 y")), "failed: SAM-T102"),
-    "error without text": (reply(error=Error(code=3)), "failed: error 3"),
+    "error without text": (reply(error=Error(code=9)), "failed: error 9"),
+    "lost question": (reply(error=Error(code=3)), "failed: the question was lost on the way"),
     "no update": (reply(content(metrics=METRICS)), "refused: no update"),
     "no metrics": (reply(content(payload(ones()))), "num-examples is missing"),
     "nothing": (reply(RecordDict()), "refused: no update"),

@@ -135,13 +135,18 @@ class Verdict:
         return tuple(d for d in self.departures if d.left)
 
 
-def verify_log(path: Path) -> Verdict:
+def verify_log(path: Path, public: bytes | None = None) -> Verdict:
     """Checks one log, of a site or a server.
+
+    Args:
+        path: Of the log.
+        public: The key of the site whose log it must be; any when left out.
 
     Raises:
         OSError: When it cannot be read.
     """
     log = _read(path)
+    _key(log, public)
     return Verdict(
         log.file, len(log.entries), tuple(log.departures), tuple(log.faults), tuple(log.warnings)
     )

@@ -36,7 +36,7 @@ def verify(
     from samaritan.audit.verify import match, verify_log
 
     public = None if key is None else _public(key)
-    verdict = verify_log(log) if against is None else match(log, against, public)
+    verdict = verify_log(log, public) if against is None else match(log, against, public)
     if as_json:
         print_json(_values(verdict))
     else:

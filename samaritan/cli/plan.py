@@ -29,12 +29,21 @@ def make(
     """Make a plan that all parties can read, and sign it for the consortium."""
     from datetime import UTC, datetime
 
-    from samaritan.plan import write_plan
+    from samaritan.errors import TrustError
+    from samaritan.plan import read_plan, write_plan
     from server.planning import make_plan
 
+    if out.exists():
+        try:
+            read_plan(out)
+        except TrustError as error:
+            raise TrustError(
+                "SAM-K315", f"{out} exists and is no plan", "Name another file with --out."
+            ) from error
     signed = make_plan(study, authority, overrides or [], datetime.now(UTC).date())
     write_plan(out, signed)
     typer.echo(f"{out}: study {signed.plan.study}, plan {signed.plan.sha256}")
+    typer.echo(f"sites: {', '.join(signed.plan.sites)}")
     typer.echo("next: send it to every site, which approves it with `samaritan site approve`")
 
 

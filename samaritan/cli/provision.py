@@ -49,6 +49,8 @@ def _next(done: Provisioned, out: Path) -> Iterable[str]:
         if path.startswith("sites/") and path.endswith(".zip"):
             secret = "" if done.keys == "at-site" else "; it holds private keys"
             yield f"next: send {out / path} to the site{secret}"
+            if path in done.changed:
+                yield "      which keeps its own site.yaml, and takes all other files from it"
     if done.awaiting:
         yield f"awaiting the requests of {', '.join(done.awaiting)}; then, for each of them:"
         yield f"  samaritan authority sign {out / 'authority'} request.json"

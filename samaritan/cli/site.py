@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from samaritan.cli.console import print_json
 from samaritan.cli.kits import KitFolder, KitOption, kit_folder, states_table
+
+if TYPE_CHECKING:
+    from client.approvals import Approvals
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -57,10 +60,14 @@ def accept(
 def key(file: Annotated[Path, typer.Argument(help="Where to make it.")]) -> None:
     """Make the key of one role, for policy.approvers in site.yaml."""
     from samaritan.errors import TrustError
-    from samaritan.keys import make_identity
+    from samaritan.keys import load_identity, make_identity
 
     if file.exists():
-        raise TrustError("SAM-K314", f"{file} exists", "Name a new file; keys are not replaced.")
+        raise TrustError(
+            "SAM-K314",
+            f"{file} exists; its public key is {load_identity(file).public.hex()}",
+            "Use it, or name a new file; keys are not replaced.",
+        )
     typer.echo(f"public key for site.yaml: {make_identity(file).public.hex()}")
 
 
@@ -150,14 +157,13 @@ def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
     plans = {}
     if os.access(found.path("identity.key"), os.R_OK):  # the agent's alone, with two users
         approvals = Approvals(found, roles_of(policy, site_identity(found)))
-        plans = {sha256: approvals.missing(sha256) for sha256 in approvals.known()}
+        plans = {sha256: _standing(approvals, sha256) for sha256 in approvals.known()}
     if as_json:
         print_json({"site": found.card.name, "processes": processes, "plans": plans})
     else:
         typer.echo(states_table(processes))
-        for sha256, missing in plans.items():
-            lacks = f"lacks the approval of {', '.join(missing)}" if missing else "approved"
-            typer.echo(f"plan {sha256[:16]}: {lacks}")
+        for sha256, stands in plans.items():
+            typer.echo(f"plan {sha256[:16]}: {stands}")
     if not processes or any(told["state"] != "running" for told in processes.values()):
         raise typer.Exit(1)
 
@@ -193,3 +199,16 @@ def permissions(
         f"{users.courier.name}"
     )
     typer.echo(f"next: samaritan doctor --kit {found.folder}")
+
+
+def _standing(approvals: Approvals, sha256: str) -> str:
+    """How a plan stands that somebody here has approved."""
+    from samaritan.errors import TrustError
+
+    if missing := approvals.missing(sha256):
+        return f"lacks the approval of {', '.join(missing)}"
+    try:
+        plan = approvals.plan(sha256)
+    except TrustError as error:
+        return f"{error.code}  {error.message}"
+    return f"study {plan.study}, approved, valid until {plan.valid_until}"

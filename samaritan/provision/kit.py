@@ -65,8 +65,9 @@ def load_kit(folder: Path, role: str) -> Kit:
     except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
         raise DeploymentError(
             "SAM-N101",
-            f"{folder} is no start-up kit: {path.name} is missing or unreadable",
-            "Name the folder that `samaritan provision` made, with --kit or as the argument.",
+            f"{folder} is no start-up kit: {path.name} {_reason(error)}",
+            "Name the folder that `samaritan provision` made, with --kit or as the argument; where "
+            "a site has two users, work as the agent's.",
         ) from error
     if card.role != role:
         raise DeploymentError(
@@ -75,3 +76,9 @@ def load_kit(folder: Path, role: str) -> Kit:
             f"Name the {role}'s kit.",
         )
     return Kit(folder.resolve(), card)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror}"
+    return "is damaged, or of another version"

@@ -243,6 +243,12 @@ def accept_certificate(kit: Kit, path: Path) -> datetime:
             f"{path.name} is not from the authority of this kit",
             "Ask the coordinator by telephone; compare the fingerprint of ca.crt too.",
         ) from error
+    if not kit.path("site.key").exists():
+        raise TrustError(
+            "SAM-K149",
+            f"{kit.folder} holds no site.key",
+            "Take the kit in which `samaritan site request` was run; a certificate is for its key.",
+        )
     key = certificates.read_private(kit.path("site.key"))
     own = certificates.common_names(certificate.subject) == [kit.card.name]
     if not own or certificate.public_key() != key.public_key():
