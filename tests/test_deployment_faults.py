@@ -128,10 +128,10 @@ def world(tmp_path_factory):
 
 
 def small_disk(folder):
-    """A disk of 2 MB of its own, where this user may mount one."""
+    """A disk of 16 MB of its own, where this user may mount one."""
     folder.mkdir(mode=0o700)
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "samaritan", folder],
+        ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "samaritan", folder],
         check=False, capture_output=True,
     )  # fmt: skip
 
