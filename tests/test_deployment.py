@@ -102,6 +102,8 @@ def test_the_federation_of_three_hospitals_equals_the_simulation_to_the_bit(hipp
 def test_a_site_policy_that_forbids_the_plan_keeps_it_out(hippocampus):
     consortium, _ = hippocampus
     path = consortium.site("Ahus") / "site.yaml"
+    log = consortium.site("Ahus") / "log/site.jsonl"
+    wait_for(lambda: log.is_file() and b"started" in log.read_bytes(), 60, "the agent began")
     before = path.read_text()
     try:
         path.write_text(before + "policy: {max_rounds: 2, strategies: [svd]}\n")
