@@ -14,7 +14,7 @@ from samaritan.codecs import decode
 from samaritan.config import CodecConfig, Config
 from samaritan.errors import PrivacyError
 from samaritan.files import write_atomically
-from samaritan.keys import make_identity
+from samaritan.keys import load_identity
 from samaritan.messages import Instruction, MaskingStep
 from samaritan.models.vectors import flat
 from samaritan.privacy.secure_sum import Member, Record, agreed_terms
@@ -109,7 +109,7 @@ class Masking:
         )
         return Member(
             self.site,
-            make_identity(self.home / "identity.key"),
+            load_identity(self.home / "identity.key"),
             self.identities,
             terms,
             Record(self.home / "secure_sums.jsonl"),

@@ -15,6 +15,7 @@ from samaritan.messages import Request
 from samaritan.wire import MESSAGE_TYPES, read_answer, request_content
 from server.ingress import Ingress
 from server.nodes import online
+from strategies.replies import error_status
 
 _POLL_S = 0.2
 
@@ -101,6 +102,13 @@ class Caller:
             node = reply.metadata.src_node_id
             if node not in nodes:
                 continue  # nobody has asked it
+            if reply.has_error():
+                name = nodes[node]  # by its key, where nodes have keys
+                if name is not None:
+                    self.ingress.admits(name, self.request, reply)
+                who = f"node {node}" if name is None else f"site {name}"
+                refused.append(f"{who}: {error_status(reply)}")
+                continue
             try:
                 answer = read_answer(reply).texts
                 site = answer["site"]

@@ -20,7 +20,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from client.app import make_client_app
 from samaritan.audit.log import Log, entries
 from samaritan.config import config_sha256, parse_config
-from samaritan.errors import FederationError
+from samaritan.errors import AuditError, FederationError
 from samaritan.keys import Identity
 from samaritan.messages import Answer, Request, sealed
 from samaritan.wire import answer_content, content
@@ -492,6 +492,19 @@ def test_at_the_roll_call_a_site_whose_answer_is_not_sealed_by_it_is_refused(
     (line,) = logged(federation, "forged")
     assert (line["site"], line["kind"], line["plan"]) == ("a", "hello", PLAN)
     assert [line["site"] for line in logged(federation, "ingress")] == ["b"]
+
+
+def test_at_the_roll_call_a_site_that_fails_is_named_with_its_code(deploy: Any) -> None:
+    """That an agent does not allow the plan is the first thing a coordinator must read."""
+
+    def fails(request: Request, name: str, answer: Answer) -> Answer:
+        raise AuditError("SAM-A201", "patient_007", "")
+
+    grid, federation = deploy(config_of(), {"a": fails, "b": None})
+    roll = caller(federation, grid).call(1, 0.3)
+    assert roll == RollCall({1001: "b"}, ["site a: failed: SAM-A201"])
+    (line,) = logged(federation, "error")
+    assert (line["site"], line["kind"], line["status"]) == ("a", "hello", "failed: SAM-A201")
 
 
 def in_round(kind: str, tamper: Tamper) -> Tamper:

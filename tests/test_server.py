@@ -245,12 +245,12 @@ def test_missing_sites_end_the_wait_quickly(fake_site, fake_federation, nodes):
     assert f"{nodes} of 2 sites" in caught.value.message
 
 
-def test_a_site_that_does_not_answer_the_roll_call_is_named_by_its_node_alone(
+def test_a_node_that_fails_at_the_roll_call_is_named_by_itself_and_its_code_alone(
     fake_site, fake_federation, monkeypatch
 ):
     broken = fake_site("b", CONFIG)
     monkeypatch.setattr(broken, "hello", lambda: {}[PLANTED])
-    with pytest.raises(FederationError, match="node 1001: no readable answer") as caught:
+    with pytest.raises(FederationError, match="node 1001: failed: SAM-F299") as caught:
         run_in_process(fake_federation(CONFIG, ["a", "b"]), [fake_site("a", CONFIG), broken])
     assert "secret" not in str(caught.value)
 

@@ -12,7 +12,7 @@ from samaritan.errors import DeploymentError
 RUN = "run"
 """Folder of logs, sockets and generated configurations, in a kit."""
 
-_LONGEST = 70
+LONGEST = 70
 """Bytes of a folder in which a socket still has a path that every system takes."""
 
 
@@ -23,7 +23,7 @@ def short_folder(kit: Path) -> Path:
         DeploymentError: SAM-N404 when somebody else has made it.
     """
     own = kit / RUN
-    if len(os.fsencode(own)) <= _LONGEST:
+    if len(os.fsencode(own)) <= LONGEST:
         own.mkdir(0o755, exist_ok=True)
         return own
     digest = hashlib.sha256(os.fsencode(kit)).hexdigest()[:16]

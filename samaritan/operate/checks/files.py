@@ -10,12 +10,9 @@ from pathlib import Path
 
 from samaritan.operate.checks.finding import Finding, fine, missing, note
 from samaritan.operate.checks.users import READ, User, this_user
-from samaritan.operate.places import RUN
+from samaritan.operate.places import LONGEST, RUN
 
 _FREE_GB = 2.0
-
-LONGEST = 70
-"""Bytes of a folder in which sockets lie in the kit; as in `samaritan.operate.places`."""
 
 
 def complete(folder: Path, names: Sequence[str], hint: str) -> Finding:
