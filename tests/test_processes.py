@@ -257,9 +257,10 @@ def test_a_program_whose_supervisor_ended_before_it_began_does_not_begin(tmp_pat
 LEAVES_ONE = (
     "import os, pathlib, subprocess, sys, time\n"
     "kit = pathlib.Path(os.environ['KIT'])\n"
-    "code = 'import signal, time; signal.signal(15, lambda *_: None)\\nwhile 1: time.sleep(0.05)'\n"
+    "code = 'import os, pathlib, signal, time; signal.signal(15, lambda *_: None)\\n'\n"
+    "code += 'pathlib.Path(f\"deaf-{os.getpid()}\").touch()\\nwhile 1: time.sleep(0.05)'\n"
     "code = code if (kit / 'stubborn').exists() else 'import time; time.sleep(600)'\n"
-    "left = subprocess.Popen([sys.executable, '-c', code])\n"
+    "left = subprocess.Popen([sys.executable, '-c', code], cwd=kit)\n"
     "(kit / f'left-{left.pid}').touch()\n"
     "while True: time.sleep(0.05)\n"
 )
@@ -281,7 +282,7 @@ def test_what_a_killed_program_has_left_behind_ends_before_it_is_started_anew(
     (first,) = wait_for(left, "it has one")
     other = subprocess.Popen(["sleep", "600"], cwd=tmp_path, start_new_session=True)
     if stubborn:
-        time.sleep(0.2)  # until it takes no notice of SIGTERM
+        wait_for((tmp_path / f"deaf-{first}").exists, "it takes no notice of SIGTERM")
     os.kill(pids["one"], signal.SIGKILL)
     wait_for(lambda: len(left()) == 2, "it was started anew")
     assert not is_alive(first)
@@ -291,8 +292,10 @@ def test_what_a_killed_program_has_left_behind_ends_before_it_is_started_anew(
     assert other.poll() is None  # it works in the same folder, and is another's
     other.kill()
     other.wait()
+    if stubborn:
+        wait_for((tmp_path / f"deaf-{second}").exists, "so does the other")
     stop(tmp_path)
-    wait_for(lambda: not is_alive(second), "all have ended")
+    assert not is_alive(second)
 
 
 def test_a_group_of_that_number_elsewhere_is_left_alone(tmp_path: Path) -> None:
@@ -321,8 +324,9 @@ def test_a_program_whose_number_was_given_away_before_begins(tmp_path: Path, sin
     told = " ".join(since or child._machine())
     mark = tmp_path / "group"
     command = child.command(os.getpid(), mark, {}, ("true",))
-    code = f"printf '%s {told}' $$ > '{mark}'; exec " + shlex.join(command)
-    neighbour = subprocess.Popen(["sleep", "600"], cwd=tmp_path)
+    neighbour = subprocess.Popen(["sleep", "600"], cwd=tmp_path, start_new_session=True)
+    named = neighbour.pid if since else "$$"  # a neighbour's, of an earlier time; else its own
+    code = f"printf '%s {told}' {named} > '{mark}'; exec " + shlex.join(command)
     process = subprocess.Popen(
         ["sh", "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,

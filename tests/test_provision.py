@@ -443,6 +443,20 @@ def test_the_servers_certificate_ends_for_sites_too(
         handshake(server_side(out / "server"), client_side(site_folder(out)))
 
 
+def test_a_revocation_that_was_cut_short_reaches_the_kits_with_the_next_command(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admitted(out, tmp_path)
+    with monkeypatch.context() as patched, open_authority(out / "authority") as opened:
+        patched.setattr(type(opened), "write_revocations", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opened.revoke("Northside")
+    assert members(out / "authority")["Northside"].revoked
+    refresh_kits(out / "authority")
+    revoked = x509.load_pem_x509_crl((out / "server/crl.pem").read_bytes())
+    assert len(list(revoked)) == 1
+
+
 def test_a_list_of_revocations_lasts_as_long_as_what_it_may_revoke(
     describe: Callable[..., Path], tmp_path: Path, clock: Callable[[datetime], None]
 ) -> None:

@@ -47,7 +47,7 @@ from samaritan.errors import (
     SamaritanError,
     TrustError,
 )
-from samaritan.keys import Identity, is_signed, make_identity
+from samaritan.keys import Identity, is_signed, load_identity, make_identity
 from samaritan.messages import Answer, Instruction, MaskingStep, Request, sealed
 from samaritan.models.adapter import build_adapted
 from samaritan.models.bases import state_sha256
@@ -351,6 +351,18 @@ def test_a_key_that_is_not_there_is_not_made_by_approving(kit, plan, signer, sam
     assert (done.code, public in done.err) == (1, True)
 
 
+def test_a_key_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """People told to restore it from a backup would replace a good key."""
+    make_identity(tmp_path / "a.key")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        load_identity(tmp_path / "a.key")
+
+
 def test_the_status_of_a_site_says_how_its_plans_stand(kit, plan, signer, samaritan):
     approved(kit, plan(), signer)
     over = plan(study="old", valid_until=date(2026, 11, 1))
@@ -529,13 +541,15 @@ def test_a_study_keeps_the_cases_it_began_with(kit, plan, ready, signer, own_cas
 
 def test_who_leaves_moves_nobody_to_another_split(kit, plan, ready, signer, own_cases):
     folder, (head, *lines) = own_cases
-    approved(kit, plan(), signer)
+    # Of four people two validate, of three one.
+    made = plan({"data": {**SMALL["data"], "val_fraction": 0.4}})
+    approved(kit, made, signer)
     undecided = [line.rsplit(",", 1)[0] for line in lines]
 
     def splits(lines):
         text = "\n".join([head.removesuffix(",split"), *lines]) + "\n"
         (folder / "manifest.csv").write_text(text)
-        agent = ready(data=str(folder)).find(hello(plan()))
+        agent = ready(data=str(folder)).find(hello(made))
         return {case.case_id: case.split for case in (*agent.train_cases, *agent.val_cases)}
 
     first = splits(undecided)
