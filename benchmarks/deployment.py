@@ -101,9 +101,17 @@ def report(consortium: Consortium, base: str) -> None:
         print(
             f"{name}: base loaded {len(loaded)} time in {len(consortium.log(name, 'request'))} "
             f"requests, in {loaded[0]['milliseconds'] / 1000:.1f} s, "
-            f"{loaded[0]['peak_rss_bytes'] / 2**20:.0f} MiB"
+            f"{loaded[0]['peak_rss_bytes'] / 2**20:.0f} MiB; at the end of the run "
+            f"{_resident_mib(consortium.pid(consortium.site(name), 'agent')):.0f} MiB"
         )
     print(json.dumps({"overhead_s": [round(x, 2) for x in overheads]}))
+
+
+def _resident_mib(process: int) -> float:
+    """Memory of the agent now: what a second copy of the base would show in."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    (resident,) = (line.split()[1] for line in lines if line.startswith("VmRSS:"))
+    return int(resident) / 2**10
 
 
 if __name__ == "__main__":
