@@ -73,6 +73,26 @@ def pinned_splits(path: Path) -> dict[str, str]:
     return {name: split for name, (_, split, *_) in (_read(path) or {}).items()}
 
 
+def known_persons(path: Path, cases: Iterable[Case]) -> tuple[str, ...]:
+    """The persons of cases under every name that any study here has known their images by.
+
+    A budget belongs to a person. Whoever lists the same images under new names for a new study
+    would otherwise begin with nothing spent. An image that was written anew is not recognized.
+
+    Args:
+        path: As for `pin_cases`, after it; other studies keep theirs in the folders beside.
+        cases: Of the study.
+
+    Raises:
+        DataError: SAM-D312.
+    """
+    own = _read(path) or {}
+    images = {own[case.case_id][2] for case in cases}
+    studies = path.parent.parent.glob(f"*/{path.name}")
+    kept = (entry for study in studies for entry in (_read(study) or {}).values())
+    return tuple(sorted({person for person, _, image, *_ in kept if image in images}))
+
+
 def look(folder: Path, cases: Iterable[Case]) -> Files:
     """What tells without reading whether a list of cases, or a file of theirs, was touched."""
     lists = [path for path in sorted(folder.glob("*.*")) if path.suffix in (".csv", ".json")]

@@ -16,7 +16,7 @@ from client.agent import SiteAgent
 from client.approvals import Approvals, require_member, roles_of
 from client.assembly import Homes, Progress, assemble
 from client.exchange import KnownStates
-from client.pinned import Files, look, pin_cases, pinned_splits
+from client.pinned import Files, known_persons, look, pin_cases, pinned_splits
 from client.restraint import Restraint
 from client.settings import SiteSettings
 from samaritan import __version__
@@ -136,6 +136,9 @@ class Studies:
             self._progress,
         )  # fmt: skip
         agent = replace(agent, plan_sha256=plan.sha256, cases_sha256=cases_sha256)
+        if agent.budget is not None:
+            persons = known_persons(state / "cases.json", agent.train_cases)
+            agent = replace(agent, budget=replace(agent.budget, members=persons))
         self._log.append(
             "study_loaded",
             plan=plan.sha256,

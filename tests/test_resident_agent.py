@@ -560,6 +560,36 @@ def test_who_leaves_moves_nobody_to_another_split(kit, plan, ready, signer, own_
             assert rest == {name: first[name] for name in rest}
 
 
+def test_new_names_for_the_same_images_bring_no_new_budget(kit, plan, ready, signer, own_cases):
+    folder, _ = own_cases
+    listed = (folder / "manifest.csv").read_text()
+    private = {"unit": "patient", "epsilon": 100, "delta": 1e-3, "records": 3,
+               "sampling_rate": 0.5, "noise_multiplier": 2.0}  # fmt: skip
+
+    def begin(study, name="person"):
+        """The agent of a study of its own, which knows the persons by other names."""
+        made = plan({"privacy": private}, study=study)
+        approved(kit, made, signer)
+        (folder / "manifest.csv").write_text(listed.replace("person", name))
+        agent = ready(data=str(folder), policy={"max_epsilon": 100}).find(hello(made))
+        assert {case.subject_id[: len(name)] for case in agent.train_cases} == {name}
+        beginning = agent.hello()["adapter-sha256"]
+        asked = Instruction(1, 3, config_sha256(made.config), made.base.sha256, 60.0, beginning)
+        return agent.budget, lambda: agent.train(None, asked)
+
+    budget, work = begin("first")
+    assert budget.spent().pld == 0
+    work()
+    once = budget.spent().pld
+    budget, work = begin("second", "patient")
+    assert budget.spent().pld == once > 0
+    work()
+    twice = budget.spent().pld
+    assert twice > once
+    for study, name in (("third", "person"), ("fourth", "somebody"), ("fifth", "patient")):
+        assert begin(study, name)[0].spent().pld == twice
+
+
 def test_a_case_that_is_touched_while_the_agent_runs_is_not_worked_on(
     kit, plan, ready, signer, own_cases
 ):
