@@ -35,7 +35,6 @@ def load_settings(path: Path) -> SiteSettings:
     Raises:
         DeploymentError: SAM-N103 with every fault of the file.
         ConfigError: When it cannot be read.
-        AuditError: SAM-A206 for hours that cannot be read.
     """
     try:
         settings = SiteSettings.model_validate(read_tree(path))
@@ -45,7 +44,6 @@ def load_settings(path: Path) -> SiteSettings:
             f"{path} has {describe_faults(error, SiteSettings)}",
             "Mend each key; docs/site.md explains them.",
         ) from error
-    settings.policy.opening()
     here = path.parent
     return settings.model_copy(
         update={

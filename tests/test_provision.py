@@ -529,6 +529,7 @@ def test_nothing_outlives_its_authority(
     assert code_of(lambda: sign_request(out / "authority", request)) == "SAM-K109"
     with open_authority(out / "authority") as opened:
         assert code_of(lambda: opened.renew("server")) == "SAM-K109"
+    assert code_of(lambda: provision(out / "authority/project.yaml", out)) == "SAM-K109"
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl")
@@ -1612,6 +1613,18 @@ def test_a_command_that_cannot_ends_with_one_error(
         assert (done.code, done.out) == (1, "")
         assert done.err.startswith(f"error: {code}")
         assert "Traceback" not in done.err
+
+
+def test_what_was_revoked_is_told_though_no_kit_can_be_written(samaritan: Any, trial: Path) -> None:
+    (trial / "server/README.md").unlink()
+    (trial / "server/README.md").mkdir()
+    done = samaritan("authority", "revoke", trial / "authority", "Northside")
+    assert (done.code, "Northside: revoked on" in done.out) == (1, True)
+    assert done.err.startswith("error: SAM-S")
+    (trial / "server/README.md").rmdir()
+    assert (
+        "server/crl.pem" in samaritan("authority", "revoke", trial / "authority", "Northside").out
+    )
 
 
 def test_a_full_disk_is_told(

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from samaritan.errors import AuditError
-
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY = timedelta(days=1)
 _WINDOW = re.compile(
@@ -23,11 +21,11 @@ class Hours:
         windows: In no order; none means always.
 
     Raises:
-        AuditError: SAM-A206 for one that cannot be read.
+        ValueError: For one that cannot be read.
     """
 
     def __init__(self, windows: Sequence[str]) -> None:
-        self._windows = [_read(text) for text in windows]
+        self._windows = [read_window(text) for text in windows]
 
     def open_at(self, when: datetime) -> bool:
         """Whether the site works at a local time."""
@@ -43,7 +41,12 @@ class Hours:
         )
 
 
-def _read(text: str) -> tuple[frozenset[int], int, int]:
+def read_window(text: str) -> tuple[frozenset[int], int, int]:
+    """The days on which a window begins, Monday being 0, and the minutes of its begin and end.
+
+    Raises:
+        ValueError: It says how to write one.
+    """
     found = _WINDOW.fullmatch(text.strip().lower())
     try:
         if found is None:
@@ -58,10 +61,8 @@ def _read(text: str) -> tuple[frozenset[int], int, int]:
         if begin == end:
             raise ValueError
     except ValueError:
-        raise AuditError(
-            "SAM-A206",
-            f"policy.hours holds {text!r}",
-            'Write windows such as "19:00-06:00", "Sat 00:00-24:00" or "Mon-Fri 19:00-06:00".',
+        raise ValueError(
+            'is no window such as "19:00-06:00", "Sat 00:00-24:00" or "Mon-Fri 19:00-06:00"'
         ) from None
     return days, begin, end
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from samaritan.audit.hours import Hours
+from samaritan.audit.hours import Hours, read_window
 from samaritan.config import Config, Section
 from samaritan.errors import AuditError
 from samaritan.plan import Plan
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _window(text: str) -> str:
+    read_window(text)
+    return text
 
 
 class SitePolicy(Section):
@@ -39,7 +44,7 @@ class SitePolicy(Section):
     metrics: tuple[str, ...] | None = None
     """Numbers that may leave beside an update, such as num-examples, train-loss or dice; those a
     plan needs when left out."""
-    hours: tuple[str, ...] = ()
+    hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()
     """When the site works for a study, such as "Mon-Fri 19:00-06:00", in this machine's local time;
     always when left out."""
     dry_run: bool = False
@@ -48,11 +53,7 @@ class SitePolicy(Section):
     """Public key of each role that must approve a plan; the site's own key when left out."""
 
     def opening(self) -> Hours:
-        """The hours, read.
-
-        Raises:
-            AuditError: SAM-A206 for one that cannot be read.
-        """
+        """The hours, read."""
         return Hours(self.hours)
 
 

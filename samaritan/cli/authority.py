@@ -92,6 +92,13 @@ def _finish(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
     """Brings the kits beside the authority up to date and says what the running machines need."""
     from samaritan.provision.kits import refresh_kits
 
+    # Before the kits, which may not be writable: what was done was done.
+    if not as_json:
+        typer.echo(
+            f"{facts['site']}: new certificate until {facts['not_after']:%Y-%m-%d}"
+            if "certificate" in facts
+            else f"{facts['site']}: revoked on {facts['revoked']:%Y-%m-%d}"
+        )
     changed = refresh_kits(folder)
     copies: dict[str, list[str]] = {}
     if "certificate" in facts:
@@ -101,10 +108,6 @@ def _finish(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json({**_plain(facts), "changed": changed, "copy": copies})
         return
-    if "certificate" in facts:
-        typer.echo(f"{facts['site']}: new certificate until {facts['not_after']:%Y-%m-%d}")
-    else:
-        typer.echo(f"{facts['site']}: revoked on {facts['revoked']:%Y-%m-%d}")
     if changed:
         typer.echo(f"brought up to date beside the authority: {', '.join(changed)}")
     for name, paths in copies.items():

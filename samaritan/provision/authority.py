@@ -116,7 +116,7 @@ class Authority:
             TrustError: SAM-K109 when the authority's own certificate has ended.
             StorageError: When it cannot be written.
         """
-        self._require_valid()
+        self.require_valid()
         hosts, days = self.project.server.certified_hosts, self.project.days(SERVER)
         issued = certificates.certify_server(
             self._signer, key, self.project.project, hosts, certificates.now(), days
@@ -146,7 +146,7 @@ class Authority:
         self._require_site(name)
         node_key = certificates.node_key(key)
         self._require_own_keys(name, node_key, identity)
-        self._require_valid()
+        self.require_valid()
         days = self.project.days(name)
         issued = certificates.certify_site(
             self._signer, key, self.project.project, name, certificates.now(), days
@@ -226,6 +226,20 @@ class Authority:
         written = certificates.revocation_list(self._signer, revoked, moment, end)
         write_atomically(path, certificates.pem(written))
 
+    def require_valid(self) -> None:
+        """Refuses to go on when the authority's own certificate has ended.
+
+        Raises:
+            TrustError: SAM-K109.
+        """
+        end = self._signer.certificate.not_valid_after_utc
+        if end <= certificates.now():
+            raise TrustError(
+                "SAM-K109",
+                f"the certificate of this authority ended on {end:%Y-%m-%d}",
+                "Provision the consortium anew in another folder; all sites need new kits.",
+            )
+
     def _grants(self, name: str) -> tuple[SiteGrant, ...]:
         """What a site was issued; at least one.
 
@@ -273,15 +287,6 @@ class Authority:
                 f"{name} has a certificate for other keys",
                 "Ask the site by telephone. If its keys are lost, run "
                 f"`samaritan authority revoke {self.folder} NAME` first.",
-            )
-
-    def _require_valid(self) -> None:
-        end = self._signer.certificate.not_valid_after_utc
-        if end <= certificates.now():
-            raise TrustError(
-                "SAM-K109",
-                f"the certificate of this authority ended on {end:%Y-%m-%d}",
-                "Provision the consortium anew in another folder; all sites need new kits.",
             )
 
     def _record_site(self, name: str, grants: tuple[SiteGrant, ...]) -> None:

@@ -134,6 +134,7 @@ def provision(project_file: Path, out: Path) -> Provisioned:
         )
     before = _contents(out, project)
     with make_authority(folder, project_file) as authority:
+        authority.require_valid()
         _make_server(authority, out / SERVER)
         for site in project.names():
             _make_site(authority, site, _site_folder(out, site))
