@@ -147,9 +147,10 @@ def parsed(data):
 
 def chained(found):
     """The lines of a chain that an insider makes anew, whatever the entries say."""
-    lines, previous = [], START
+    lines, previous, time = [], START, "2026-11-28T10:00:00.000+00:00"
     for number, entry in enumerate(found):
-        whole = {"schema": 1, "time_utc": "2026-11-28T10:00:00.000+00:00"} | entry
+        whole = {"schema": 1, "time_utc": time} | entry
+        time = whole["time_utc"]
         lines.append(canonical(whole | {"seq": number, "prev": previous}) + b"\n")
         previous = line_hash(lines[-1])
     return b"".join(lines)
