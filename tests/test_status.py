@@ -769,7 +769,7 @@ def test_what_ends_soon_is_pointed_out(world: World) -> None:
     assert "Certificate" not in assert_sound(world.client().get("/").text).text
     world.now = NOW + timedelta(days=ends["list_days"] - 2)
     assert any("crl.pem) ends in" in text for text in world.look()["attention"])
-    world.now = NOW + timedelta(days=500)
+    world.now = NOW + timedelta(days=ends["server_days"] + 2)
     looked = world.look()["attention"]
     assert "The certificate of the server has ended: no site can connect." in "".join(looked)
     assert "The plan was valid until 2027-11-01: all sites refuse it." in looked
