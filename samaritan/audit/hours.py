@@ -25,7 +25,7 @@ class Hours:
     """
 
     def __init__(self, windows: Sequence[str]) -> None:
-        self._windows = [read_window(text) for text in windows]
+        self._windows = [_read(text) for text in windows]
 
     def open_at(self, when: datetime) -> bool:
         """Whether the site works at a local time."""
@@ -41,12 +41,8 @@ class Hours:
         )
 
 
-def read_window(text: str) -> tuple[frozenset[int], int, int]:
-    """The days on which a window begins, Monday being 0, and the minutes of its begin and end.
-
-    Raises:
-        ValueError: It says how to write one.
-    """
+def _read(text: str) -> tuple[frozenset[int], int, int]:
+    """The days on which a window begins, Monday being 0, and the minutes of its begin and end."""
     found = _WINDOW.fullmatch(text.strip().lower())
     try:
         if found is None:
@@ -62,7 +58,8 @@ def read_window(text: str) -> tuple[frozenset[int], int, int]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            'is no window such as "19:00-06:00", "Sat 00:00-24:00" or "Mon-Fri 19:00-06:00"'
+            f"{text!r} is no window such as "
+            '"19:00-06:00", "Sat 00:00-24:00" or "Mon-Fri 19:00-06:00"'
         ) from None
     return days, begin, end
 

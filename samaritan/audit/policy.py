@@ -5,19 +5,14 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, field_validator
 
-from samaritan.audit.hours import Hours, read_window
+from samaritan.audit.hours import Hours
 from samaritan.config import Config, Section
 from samaritan.errors import AuditError
 from samaritan.plan import Plan
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _window(text: str) -> str:
-    read_window(text)
-    return text
 
 
 class SitePolicy(Section):
@@ -44,13 +39,19 @@ class SitePolicy(Section):
     metrics: tuple[str, ...] | None = None
     """Numbers that may leave beside an update, such as num-examples, train-loss or dice; those a
     plan needs when left out."""
-    hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()
+    hours: tuple[str, ...] = ()
     """When the site works for a study, such as "Mon-Fri 19:00-06:00", in this machine's local time;
     always when left out."""
     dry_run: bool = False
     """Do all of the work and log what would leave, but let nothing out."""
     approvers: dict[str, Key] = Field(default_factory=dict)
     """Public key of each role that must approve a plan; the site's own key when left out."""
+
+    @field_validator("hours")
+    @classmethod
+    def _readable(cls, hours: tuple[str, ...]) -> tuple[str, ...]:
+        Hours(hours)
+        return hours
 
     def opening(self) -> Hours:
         """The hours, read."""
