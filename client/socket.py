@@ -50,8 +50,8 @@ class AgentSocket:
                 raise DeploymentError(
                     "SAM-N203",
                     f"the site agent ended before it answered ({type(error).__name__})",
-                    "Look at the agent's log; it is started again by itself, and the server asks "
-                    "again.",
+                    "run/agent.log says why, or run/supervisord.log where it was killed. It is "
+                    "started again by itself, and the server asks again.",
                 ) from error
 
     def _connected(self) -> socket.socket:

@@ -11,7 +11,7 @@ from samaritan.audit.log import Log, entries
 from samaritan.keys import is_signed
 from samaritan.messages import Answer, Request, sealed
 from samaritan.wire import message_bytes, read_answer
-from strategies.replies import error_status
+from strategies.replies import error_reference, error_status
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Ingress:
             "message": asked,
         }
         if message.has_error():
-            self.log.append("error", status=error_status(message), **told)
+            reference = error_reference(message)
+            self.log.append("error", status=error_status(message), reference=reference, **told)
             return True
         try:
             answer = read_answer(message)

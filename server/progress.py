@@ -7,7 +7,6 @@ over, and no text of a site decides more than what is shown of that site.
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from statistics import median
@@ -16,7 +15,6 @@ from typing import Any
 from samaritan.watch.follow import Json
 
 _MOST_TROUBLES = 60
-_CODE = re.compile(r"SAM-[A-Z]\d{3}")
 
 _OF_A_SITE = ("site_failed", "site_late", "reply_refused")
 _STARTS, _ENDS = "run_started", ("run_paused", "run_finished", "run_failed", "summary_written")
@@ -219,12 +217,6 @@ def number_of(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def code_in(text: str) -> str:
-    """The first error code of a text; empty for none."""
-    found = _CODE.search(text)
-    return found[0] if found else ""
 
 
 def _troubles(kind: str, event: Json) -> list[tuple[str, str]]:

@@ -72,12 +72,13 @@ class Caller:
                 break  # everyone is here; waiting changes nothing
             time.sleep(_POLL_S)
         if len(present) < min_sites:
+            waited = f"after {wait_s:g} s" if time.monotonic() > end else "and all have answered"
             faults = f" ({'; '.join(roll.refused)})" if roll.refused else ""
             raise FederationError(
                 "SAM-F103",
-                f"{len(present)} of {len(self.expected)} sites are ready after {wait_s:g} s, "
+                f"{len(present)} of {len(self.expected)} sites are ready {waited}, "
                 f"{min_sites} needed{faults}",
-                "Start the missing sites, or lower federation.min_sites.",
+                "Start the missing sites; where one is named with a code, mend that.",
             )
         return RollCall(present, roll.refused)
 

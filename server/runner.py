@@ -85,13 +85,16 @@ def run_plan(
     require_current(plan)
     events.last = {}  # what ended an earlier call is not what ends this one
     # Before anybody is let in for this plan: the sites of another that is on must stay.
-    _asked(kit, settings, lambda control: _on(control, plan.sha256))
+    _asked(kit, settings, tell, lambda control: _on(control, plan.sha256))
     _admit(kit, settings, signed, tell)
     still_since, wait_s = time.monotonic(), _FIRST_WAIT_S
     while True:
         done = events.rounds
         run_id = _asked(
-            kit, settings, lambda control: _on(control, plan.sha256) or control.start(plan.sha256)
+            kit,
+            settings,
+            tell,
+            lambda control: _on(control, plan.sha256) or control.start(plan.sha256),
         )
         tell({"event": "run_watched", "run": run_id})
         status = _follow(kit, settings, run_id, events, tell)
@@ -127,7 +130,7 @@ def run_plan(
 def _admit(kit: Kit, settings: ServerSettings, signed: SignedPlan, tell: Tell) -> None:
     """Lets the nodes of a plan's sites connect, and tells of changes."""
     nodes = {name: site.node for name, site in signed.plan.sites.items()}
-    for change in _asked(kit, settings, lambda control: control.admit(nodes)):
+    for change in _asked(kit, settings, tell, lambda control: control.admit(nodes)):
         tell({"event": "node_change", "what": change})
 
 
@@ -153,7 +156,7 @@ def _follow(kit: Kit, settings: ServerSettings, run_id: int, events: _Events, te
     while True:
         for event in events.new():
             tell(event)
-        if status := _asked(kit, settings, lambda control: _status(control, run_id)):
+        if status := _asked(kit, settings, tell, lambda control: _status(control, run_id)):
             for event in events.new():
                 tell(event)
             return status
@@ -166,13 +169,13 @@ def _status(control: Control, run_id: int) -> str:
     return str(status.sub_status) if status.status == "finished" else ""
 
 
-def _asked(kit: Kit, settings: ServerSettings, ask: Callable[[Control], _T]) -> _T:
+def _asked(kit: Kit, settings: ServerSettings, tell: Tell, ask: Callable[[Control], _T]) -> _T:
     """What the SuperLink says; one that does not answer may just be started anew.
 
     Raises:
         DeploymentError: When it refuses, or does not answer for a minute.
     """
-    end = time.monotonic() + _SETTLED_S
+    end, is_told = time.monotonic() + _SETTLED_S, False
     while True:
         try:
             with connect(kit, settings) as control:
@@ -180,4 +183,7 @@ def _asked(kit: Kit, settings: ServerSettings, ask: Callable[[Control], _T]) -> 
         except DeploymentError as error:
             if error.code != SILENT or time.monotonic() > end:
                 raise
+            if not is_told:
+                tell({"event": "link_silent", "for_s": _SETTLED_S})
+                is_told = True
             time.sleep(_POLL_S)

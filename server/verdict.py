@@ -11,7 +11,7 @@ from samaritan.plan import Plan
 from samaritan.report import units
 from samaritan.watch import words
 from server.home import FAILED
-from server.progress import Progress, code_in
+from server.progress import Progress
 
 STARTING, RUNNING, PAUSED, FINISHED = "starting", "running", "paused", "finished"
 BROKEN, STOPPED, UNSEEN, IDLE, DOWN = "failed", "stopped", "unknown", "idle", "down"
@@ -97,7 +97,7 @@ def verdict(
         return Verdict(
             BROKEN,
             f"Failed with {where}: {_because(progress)}",
-            _advice(progress.code, "Mend it and run the plan again; finished rounds are kept."),
+            _advice(progress, "Mend it and run the plan again; finished rounds are kept."),
             progress.last_time,
         )
     if progress.last == "run_paused":
@@ -109,7 +109,7 @@ def verdict(
         return Verdict(
             PAUSED,
             f"{down}Paused with {where}: {_because(progress)}",
-            _advice(progress.code, again),
+            _advice(progress, again),
             progress.last_time,
         )
     if not processes:
@@ -218,7 +218,8 @@ def _because(progress: Progress) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _advice(code: str, more: str) -> str:
-    """What docs/errors.md says to do, and what holds always."""
-    found = words.meaning(code_in(code)) if code else None
-    return f"{found[1]} {more}" if found else more
+def _advice(progress: Progress, more: str) -> str:
+    """What docs/errors.md says to do about the code and those of sites, and what holds always."""
+    codes = words.codes_in([progress.code, progress.message])
+    found = (words.meaning(code) for code in codes)
+    return " ".join([*dict.fromkeys(todo for _, todo in filter(None, found)), more])

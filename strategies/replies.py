@@ -194,6 +194,12 @@ def _unlike(update: AdapterState, header: Mapping[str, str], expected: Expected)
     return None
 
 
+def error_reference(message: Message) -> str:
+    """Under what a site's own log has the whole text of its error; empty where it names none."""
+    found = re.search(r"reference ([0-9a-f]{8})\b", message.error.reason or "")
+    return found[1] if found else ""
+
+
 def error_status(message: Message) -> str:
     """The error code in a site's answer, or what Flower says of the site; no other text of it."""
     code = re.search(r"SAM-[A-Z]\d{3}", message.error.reason or "")

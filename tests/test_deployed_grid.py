@@ -494,7 +494,9 @@ def test_at_the_roll_call_a_site_whose_answer_is_not_sealed_by_it_is_refused(
     assert [line["site"] for line in logged(federation, "ingress")] == ["b"]
 
 
-def test_at_the_roll_call_a_site_that_fails_is_named_with_its_code(deploy: Any) -> None:
+def test_at_the_roll_call_a_site_that_fails_is_named_with_its_code(
+    deploy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """That an agent does not allow the plan is the first thing a coordinator must read."""
 
     def fails(request: Request, name: str, answer: Answer) -> Answer:
@@ -505,6 +507,8 @@ def test_at_the_roll_call_a_site_that_fails_is_named_with_its_code(deploy: Any) 
     assert roll == RollCall({1001: "b"}, ["site a: failed: SAM-A201"])
     (line,) = logged(federation, "error")
     assert (line["site"], line["kind"], line["status"]) == ("a", "hello", "failed: SAM-A201")
+    assert f"reference {line['reference']}" in caplog.text  # where the site has the whole of it
+    assert len(line["reference"]) == 8
 
 
 def in_round(kind: str, tamper: Tamper) -> Tamper:
@@ -743,6 +747,8 @@ def test_who_is_here_in_whole_is_not_waited_for(
     monkeypatch.setattr("server.rollcall.time", clock)
     grid, federation = deploy(config_of(), {"a": no_seal, "b": None})
     assert caller(federation, grid).call(1, 500.0).present == {1001: "b"}
+    with pytest.raises(FederationError, match="1 of 2 sites are ready and all have answered, 2"):
+        caller(federation, grid).call(2, 500.0)
     assert clock.slept == []  # one is wrong, and will be as wrong later
     grid, federation = deploy(config_of(), {"a": None, "b": None}, folder="second")
     grid.away = {1000}

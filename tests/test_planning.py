@@ -183,7 +183,11 @@ def test_a_plan_takes_the_place_of_no_other_file(
     assert (done.code, "SAM-K315" in done.err) == (1, True)
     assert (tmp_path / "run.yaml").read_text() == before
     for _ in range(2):  # a plan may be made again
-        assert samaritan(*words, "--out", tmp_path / "plan.json").code == 0
+        done = samaritan(*words, "--out", tmp_path / "plan.json")
+        assert (done.code, "held plan" in done.out) == (0, False)
+    other = samaritan(*words, "--out", tmp_path / "plan.json", "--set", "seed=77")
+    assert "held plan" in other.out
+    assert "and does no more" in other.out
 
 
 def test_sites_can_be_chosen_and_some_may_only_score(make: Any) -> None:

@@ -397,6 +397,9 @@ def test_a_superlink_that_is_started_anew_is_waited_for(trial: Any, seconds: flo
     one.link.silent_until = one.clock.now + seconds
     one.run()
     assert len(one.link.started) == 1
+    assert [e for e in one.told if e["event"] == "link_silent"] == [
+        {"event": "link_silent", "for_s": 60.0}
+    ]  # once, at once
 
 
 def test_a_superlink_may_be_silent_while_a_run_goes_on(trial: Any) -> None:

@@ -1037,6 +1037,24 @@ def test_the_command_says_the_same(world: World, samaritan: Any) -> None:
         assert "sites unknown: the SuperLink does not answer" in done.out
 
 
+def test_codes_of_sites_are_explained(world: World, samaritan: Any) -> None:
+    plan = make_plan(world.kits, SITES)
+    why = "2 of 3 sites are ready and all have answered, 3 needed (site Köln: failed: SAM-K305)"
+    story = Story(SITES).add("run_paused", 3, code="SAM-F103", rounds_done=0, message=why)
+    story.write(world.kit, plan, NOW - timedelta(minutes=2))
+    world.set(FakeLink(plan, runs=[(plan, "finished", "failed")]))
+    done = samaritan("server", "status", world.kit.folder)
+    advice = next(line for line in done.out.splitlines() if line.startswith("  to do: "))
+    assert "Start the missing sites" in advice
+    assert "samaritan site approve" in advice
+    story = Story(SITES).roll().rounds(1, 2).begin(3).finish(3, {"Köln": "failed: SAM-F203"})
+    story.write(world.kit, plan, NOW - timedelta(seconds=40))
+    world.set(FakeLink(plan, runs=[(plan, "running", "")]))
+    done = samaritan("server", "status", world.kit.folder)
+    assert "round 3: failed: SAM-F203" in done.out
+    assert done.out.count("\n  SAM-F203: ") == 1
+
+
 def test_supervisors_know_the_pages(world: World) -> None:
     kit = world.kit
     programs = {

@@ -33,15 +33,18 @@ def make(
     from samaritan.plan import read_plan, write_plan
     from server.planning import make_plan
 
+    old = None
     if out.exists():
         try:
-            read_plan(out)
+            old = read_plan(out).plan
         except TrustError as error:
             raise TrustError(
                 "SAM-K315", f"{out} exists and is no plan", "Name another file with --out."
             ) from error
     signed = make_plan(study, authority, overrides or [], datetime.now(UTC).date())
     write_plan(out, signed)
+    if old is not None and old.sha256 != signed.plan.sha256:
+        typer.echo(f"{out} held plan {old.sha256[:16]} of study {old.study}, and does no more")
     typer.echo(f"{out}: study {signed.plan.study}, plan {signed.plan.sha256}")
     typer.echo(f"sites: {', '.join(signed.plan.sites)}")
     typer.echo("next: send it to every site, which approves it with `samaritan site approve`")

@@ -70,10 +70,14 @@ def stop_run(kit: KitFolder = None) -> None:
     from server.settings import load_settings
 
     found = load_kit(kit_folder(kit), "server")
+    stopped = []
     with connect(found, load_settings(found.path("server.yaml"))) as control:
         for run in control.unfinished():
             control.stop(run.run_id)
+            stopped.append(run.run_id)
             typer.echo(f"run {run.run_id} is stopped")
+    if not stopped:
+        typer.echo("no run is on; a `samaritan run` that waits to go on ends with Ctrl-C")
 
 
 def run(
@@ -136,11 +140,15 @@ def _standing_lines(told: dict[str, Any]) -> list[str]:
         lines += ["", f"sites unknown: {told['link']['fault']}"]
     elif told["sites"]:
         lines.append("")
-    width = max((len(name) for name in told["sites"]), default=0)
+    width, codes = max((len(name) for name in told["sites"]), default=0), list[str]()
     for name, site in told["sites"].items():
         seen = f"last seen {when(site['last_seen'])}" if site["status"] == "offline" else ""
         last = f"round {site['last_round']}: {site['last_status']}" if site["last_round"] else ""
+        codes += words.codes_in([last])
         lines.append("  ".join(filter(None, (f"{name:<{width}}", site["status"], seen, last))))
+    for code, found in ((code, words.meaning(code)) for code in dict.fromkeys(codes)):
+        if found:
+            lines.append(f"  {code}: {found[0]} {found[1]}")
     if told["runs"]:
         lines.append("")
     for run in told["runs"]:
@@ -169,6 +177,8 @@ def _line(event: dict[str, Any], rounds: int) -> str:
             return f"{event['code']}  {event['message']}"
         case "run_resumes":
             return f"  goes on in {event['in_s']:g} s"
+        case "link_silent":
+            return f"the SuperLink does not answer; trying for {event['for_s']:g} s"
         case "run_watched":
             return f"run {event['run']}"
         case "node_change":
