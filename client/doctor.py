@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import samaritan
 from client.halves import COURIER, site_states
 from client.permissions import PRIVATE, Users, unfinished
 from client.readiness import data, memory, plans
@@ -18,10 +20,13 @@ from samaritan.errors import SamaritanError
 from samaritan.operate.checks import certificates, clock, files, network, ports, tree
 from samaritan.operate.checks.checkpoint import Tell, checkpoint
 from samaritan.operate.checks.finding import Finding, fault, fine, missing, note
-from samaritan.operate.checks.users import find_user, owner_of, this_user
+from samaritan.operate.checks.users import ENTER, READ, find_user, owner_of, this_user
 from samaritan.operate.places import RUN
 from samaritan.provision.certificates import node_key, now, read_certificate, read_private
 from samaritan.provision.kit import Kit
+
+_PROGRAM = (Path(sys.prefix), Path(sys.executable), Path(samaritan.__file__).parent)
+"""What a user must come to, to run a half."""
 
 _SENT = ("kit.yaml", "ca.crt", "plan.pub", "site.yaml")
 _OWN = ("site.key", "node.key", "node.pub", "identity.key")
@@ -110,6 +115,15 @@ def _users(kit: Kit, settings: SiteSettings) -> Generator[Finding, None, Users]:
         return Users(agent, agent)
     if users.are_two:
         yield fine("users", f"agent {agent.name}, courier {users.courier.name}")
+        for user in (agent, users.courier):
+            if not all(user.may(path, READ | ENTER) for path in _PROGRAM):
+                yield missing(
+                    f"program for {user.name}",
+                    "SAM-N668",
+                    f"{user.name} cannot run {sys.executable}",
+                    "Install Samaritan where all users may read it, such as /opt/samaritan, with "
+                    "a Python that they may run.",
+                )
     else:
         yield note(
             "users",

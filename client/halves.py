@@ -7,6 +7,7 @@ that neither half can write where the other one reads.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,9 @@ Half = Literal["agent", "courier"]
 
 COURIER = "courier"
 """Folder of the courier's half in a kit."""
+
+
+_PROGRAMS: dict[Half, tuple[str, ...]] = {"agent": ("agent",), "courier": ("node", "courier")}
 
 
 def half_folder(kit: Kit, half: Half) -> Path:
@@ -50,6 +54,19 @@ def site_states(kit: Kit) -> dict[str, dict[str, Any]]:
     return found
 
 
+def site_processes(kit: Kit, settings: SiteSettings) -> dict[str, dict[str, Any]]:
+    """The same with what should run and does not, of the halves that this user may look at.
+
+    Nothing when nothing runs.
+    """
+    found = site_states(kit)
+    for half, names in _PROGRAMS.items() if found else ():
+        if settings.courier_user is None or _may_look(half_folder(kit, half) / RUN):
+            for name in names:
+                found.setdefault(name, {"state": "down", "seconds": 0, "pid": 0, "message": ""})
+    return found
+
+
 def stop_site(kit: Kit) -> None:
     """Stops the processes of a site, and waits until they are gone; the courier's half first.
 
@@ -60,6 +77,10 @@ def stop_site(kit: Kit) -> None:
     running = [folder for folder in _folders(kit) if states(folder)]
     for folder in reversed(running or [kit.folder]):
         stop(folder)
+
+
+def _may_look(folder: Path) -> bool:
+    return os.geteuid() == 0 or os.access(folder, os.R_OK | os.X_OK)
 
 
 def _folders(kit: Kit) -> Iterator[Path]:

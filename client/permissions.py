@@ -16,12 +16,11 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from client.halves import COURIER, site_states
-from client.settings import load_settings
+from client.halves import COURIER, Half, site_states
+from client.settings import SiteSettings, load_settings
 from samaritan.errors import DeploymentError
-from samaritan.operate.checks.users import ENTER, READ, WRITE, User, find_user
+from samaritan.operate.checks.users import ENTER, READ, WRITE, User, find_user, owner_of, this_user
 from samaritan.operate.places import RUN
 from samaritan.provision.kit import Kit
 
@@ -34,8 +33,6 @@ SHARED = ("kit.yaml", "site.yaml", "ca.crt", "site.crt", "node.pub", "plan.pub")
 _SENT = (*SHARED, "README.md", "start.sh", "compose.yaml", "compose.cuda.yaml", "systemd", "docker")
 _COURIERS = ("site.key", "node.key")
 _MADE = ("state", "log", "plans", "approvals", RUN, COURIER, f"{COURIER}/{RUN}")
-
-_Side = Literal["agent", "courier"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ class Users:
 
 @dataclass(frozen=True)
 class _Rule:
-    owner: _Side
-    group: _Side
+    owner: Half
+    group: Half
     folder: int
     file: int
 
@@ -102,6 +99,35 @@ def hand_over(kit: Kit, agent_user: str, courier_user: str) -> Users:
         for name in (*names, *links):
             _give_file(descriptor, name, place / name, users)
     return users
+
+
+def require_own_user(kit: Kit, settings: SiteSettings, half: Half | None) -> None:
+    """Refuses to run what another user is to run: the system would keep nobody apart.
+
+    Args:
+        kit: Of the site.
+        settings: Of the site.
+        half: That is to run; None for both.
+
+    Raises:
+        DeploymentError: SAM-N667.
+    """
+    if settings.courier_user is None:
+        return
+    agent, courier = owner_of(kit.path("kit.yaml")), _number(settings.courier_user)
+    whose: dict[Half | None, set[int | None]] = {
+        "agent": {agent.uid}, "courier": {courier}, None: {agent.uid, courier}
+    }  # fmt: skip
+    if os.geteuid() == 0 or whose[half] - {os.geteuid(), None}:
+        raise DeploymentError(
+            "SAM-N667",
+            f"courier_user in site.yaml is {settings.courier_user}, so that each half has a user "
+            f"of its own, and {half or 'both'} would run as {this_user().name}",
+            "Start the units of systemd or the containers in the kit, or each half by hand: "
+            f"`runuser -u USER -- samaritan site start {kit.folder} --only agent`, and the same "
+            "with `courier`. Files that root has left: `samaritan site permissions` gives them "
+            "back.",
+        )
 
 
 def rule(place: Path) -> _Rule:

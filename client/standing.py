@@ -15,7 +15,7 @@ from typing import Any
 
 from client.approvals import Approvals, roles_of
 from client.diary import Diary
-from client.halves import site_states
+from client.halves import site_processes
 from client.home import SOCKET, site_identity
 from client.settings import SiteSettings, load_settings
 from client.socket import short
@@ -65,9 +65,9 @@ class Watch:
         local = self._clock()
         now = local.astimezone(UTC)
         faults: list[str] = []
-        processes = _processes(self._kit)
-        answers = agent_answers(self._kit.path(*SOCKET))
         settings = _settings(self._kit, faults)
+        processes = _processes(self._kit, settings or SiteSettings(data=""))
+        answers = agent_answers(self._kit.path(*SOCKET))
         diary = self._diary(faults)
         plans = [] if settings is None else _plans(self._kit, settings, now, faults)
         policy = None if settings is None else _policy(settings, local)
@@ -124,9 +124,9 @@ def agent_answers(path: Path, timeout_s: float = _TIMEOUT_S) -> bool:
             return False
 
 
-def _processes(kit: Kit) -> dict[str, dict[str, Any]]:
+def _processes(kit: Kit, settings: SiteSettings) -> dict[str, dict[str, Any]]:
     try:
-        return site_states(kit)
+        return site_processes(kit, settings)
     except (OSError, xmlrpc.client.Error, SamaritanError):
         return {}
 

@@ -381,6 +381,18 @@ def test_a_key_of_another_user(trial: Trial) -> None:
     assert about(findings, "users").found == f"agent {AGENT}, courier {COURIER}"
 
 
+@as_root
+def test_a_user_that_cannot_run_the_program(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.settings(courier_user=COURIER)
+    os.chown(trial.kit.path("identity.key"), find_user(AGENT).uid, -1)
+    home = trial.data.parent / "home"
+    home.mkdir(0o700)
+    os.chown(home, find_user(AGENT).uid, -1)
+    for folder, found in ((Path("/usr"), []), (home, [f"program for {COURIER}"])):
+        monkeypatch.setattr(client.doctor, "_PROGRAM", (folder,))
+        assert [f.what for f in looked(trial) if f.code == "SAM-N668"] == found
+
+
 def test_a_courier_that_does_not_exist(trial: Trial) -> None:
     trial.settings(courier_user="nobody-of-this-name")
     assert about(looked(trial), "users").code == "SAM-N651"
@@ -1031,8 +1043,11 @@ def test_a_half_counts_the_ports_of_the_other_as_its_kits() -> None:
 
 
 @as_root
-def test_a_look_by_the_couriers_user(trial: Trial, tmp_path: Path) -> None:
+def test_a_look_by_the_couriers_user(
+    trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It sees its own half, and says of the rest that it cannot look."""
+    monkeypatch.setattr(client.doctor, "_PROGRAM", (Path("/usr"),))
     trial.settings(courier_user=COURIER)
     kit = trial.kit
     hand_over(kit, AGENT, COURIER)

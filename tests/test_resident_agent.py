@@ -370,6 +370,10 @@ def test_the_status_of_a_site_says_how_its_plans_stand(kit, plan, signer, samari
     told = samaritan("site", "status", kit.folder).out
     assert f"plan {plan().sha256[:16]}: study liver, approved, valid until" in told
     assert f"plan {over.sha256[:16]}: SAM-K303" in told
+    tree = yaml.safe_load(kit.path("site.yaml").read_text()) | {"policy": {"min_cohort": 4}}
+    kit.path("site.yaml").write_text(yaml.safe_dump(tree))
+    told = samaritan("site", "status", kit.folder).out
+    assert f"plan {plan().sha256[:16]}: SAM-A201" in told
 
 
 def test_a_plan_nobody_approved_is_refused(kit, plan, ready, signer):

@@ -36,6 +36,7 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from client import halves
 from client import standing as site_standing
 from client.approvals import Approvals, roles_of
 from client.diary import Diary
@@ -1101,7 +1102,7 @@ class SiteWorld:
         os.utime(self.kit.path("site.yaml"), (old, old))
 
     def set(self, answers: bool = True, processes: Mapping[str, Any] = SITE_UP) -> None:
-        self.monkeypatch.setattr(site_standing, "site_states", lambda _: dict(processes))
+        self.monkeypatch.setattr(halves, "site_states", lambda _: dict(processes))
         self.monkeypatch.setattr(site_standing, "agent_answers", lambda _: answers)
 
     def approve(self, role: str = "site", key: Any = None) -> None:
@@ -1320,8 +1321,25 @@ def test_a_site_without_readable_settings_still_tells(site: SiteWorld) -> None:
 def test_processes_of_another_user_are_unknown(site: SiteWorld) -> None:
     site.settings(courier_user="courier")
     site.set(processes={name: SITE_UP[name] for name in ("agent", "status")})
+    site.monkeypatch.setattr(halves, "_may_look", lambda run: run.parent.name != "courier")
     assert site.look()["unseen"] == ["node", "courier"]
     assert "node, courier: unknown" in assert_sound(site.client().get("/").text).text
+
+
+def test_a_half_that_is_gone_is_missed(site: SiteWorld, samaritan: Any) -> None:
+    """Its supervisor was killed, and with it all that could say so."""
+    site_ready(site)
+    site.settings(courier_user="courier")
+    site.monkeypatch.setattr(halves, "_may_look", lambda run: True)
+    site.set(processes={name: SITE_UP[name] for name in ("node", "courier")}, answers=False)
+    assert "Process agent does not run; run/agent.log says why." in site.look()["problems"]
+    done = samaritan("site", "status", site.kit.folder)
+    assert done.code == 1
+    assert "agent      down" in done.out
+    site.monkeypatch.setattr(halves, "_may_look", lambda run: run.parent.name == "courier")
+    done = samaritan("site", "status", site.kit.folder)
+    assert done.code == 0
+    assert "agent: another user's; root sees them all" in done.out
 
 
 def test_a_log_of_any_shape_is_survived(site: SiteWorld) -> None:

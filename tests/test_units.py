@@ -27,9 +27,17 @@ import typer
 import yaml
 
 from client import permissions
-from client.halves import half_folder, half_programs, site_states, stop_site
+from client.halves import Half, half_folder, half_programs, site_states, stop_site
 from client.home import SOCKET
-from client.permissions import PRIVATE, SHARED, Users, hand_over, rule, unfinished
+from client.permissions import (
+    PRIVATE,
+    SHARED,
+    Users,
+    hand_over,
+    require_own_user,
+    rule,
+    unfinished,
+)
 from client.redaction import RedactedError
 from client.service import serve
 from client.settings import SiteSettings, load_settings
@@ -554,6 +562,30 @@ def test_neither_half_writes_where_the_other_reads(open_site: Path) -> None:
     )
     assert programs == ["node", "courier"]
     assert unfinished(kit, users) == []
+
+
+@as_root
+def test_a_half_runs_as_its_own_user_alone(open_site: Path, samaritan: Any) -> None:
+    kit, settings = load_kit(open_site, "site"), load_settings(open_site / "site.yaml")
+    hand_over(kit, AGENT, COURIER)
+
+    def code(half: Half | None) -> str:
+        try:
+            require_own_user(kit, settings, half)
+        except DeploymentError as error:
+            return error.code
+        return ""
+
+    halves: tuple[Half | None, ...] = (None, "agent", "courier")
+    for user, own in ((AGENT, "agent"), (COURIER, "courier")):
+        told = as_user(user, lambda: [code(half) for half in halves])
+        assert told == ["" if half == own else "SAM-N667" for half in halves]
+    for only in ((), ("--only", "agent"), ("--only", "courier")):  # as root
+        done = samaritan("site", "start", open_site, *only)
+        assert (done.code, "SAM-N667" in done.err) == (1, True)
+    assert not any((open_site / "run").iterdir())  # root has left nothing
+    one = settings.model_copy(update={"courier_user": None})
+    require_own_user(kit, one, None)
 
 
 @as_root

@@ -13,6 +13,7 @@ from samaritan.cli.kits import KitFolder, KitOption, kit_folder, states_table
 
 if TYPE_CHECKING:
     from client.approvals import Approvals
+    from samaritan.audit.policy import SitePolicy
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -127,6 +128,7 @@ def start(
 ) -> None:
     """Run the agent, the node and the courier until told to stop."""
     from client.halves import half_folder, half_programs
+    from client.permissions import require_own_user
     from client.processes import site_programs
     from client.settings import load_settings
     from samaritan.operate.processes import run
@@ -134,6 +136,7 @@ def start(
 
     found = load_kit(kit_folder(kit), "site")
     settings = load_settings(found.path("site.yaml"))
+    require_own_user(found, settings, None if only is None else only.value)
     if only is None:
         run(found.folder, site_programs(found, settings))
     else:
@@ -146,22 +149,24 @@ def status(kit: KitFolder = None, as_json: AsJson = False) -> None:
     import os
 
     from client.approvals import Approvals, roles_of
-    from client.halves import site_states
+    from client.halves import site_processes
     from client.home import site_identity
     from client.settings import load_settings
     from samaritan.provision.kit import load_kit
 
     found = load_kit(kit_folder(kit), "site")
-    processes = site_states(found)
-    policy = load_settings(found.path("site.yaml")).policy
-    plans = {}
+    settings = load_settings(found.path("site.yaml"))
+    processes, plans = site_processes(found, settings), {}
     if os.access(found.path("identity.key"), os.R_OK):  # the agent's alone, with two users
-        approvals = Approvals(found, roles_of(policy, site_identity(found)))
-        plans = {sha256: _standing(approvals, sha256) for sha256 in approvals.known()}
+        approvals = Approvals(found, roles_of(settings.policy, site_identity(found)))
+        plans = {sha: _standing(approvals, sha, settings.policy) for sha in approvals.known()}
     if as_json:
         print_json({"site": found.card.name, "processes": processes, "plans": plans})
     else:
         typer.echo(states_table(processes))
+        unseen = [name for name in ("agent", "node", "courier") if name not in processes]
+        if processes and unseen:
+            typer.echo(f"{', '.join(unseen)}: another user's; root sees them all")
         for sha256, stands in plans.items():
             typer.echo(f"plan {sha256[:16]}: {stands}")
     if not processes or any(told["state"] != "running" for told in processes.values()):
@@ -201,14 +206,16 @@ def permissions(
     typer.echo(f"next: samaritan doctor --kit {found.folder}")
 
 
-def _standing(approvals: Approvals, sha256: str) -> str:
-    """How a plan stands that somebody here has approved."""
-    from samaritan.errors import TrustError
+def _standing(approvals: Approvals, sha256: str, policy: SitePolicy) -> str:
+    """How a plan stands that somebody here has approved; its tensors are left to the doctor."""
+    from samaritan.audit.policy import require_agreement
+    from samaritan.errors import AuditError, TrustError
 
     if missing := approvals.missing(sha256):
         return f"lacks the approval of {', '.join(missing)}"
     try:
         plan = approvals.plan(sha256)
-    except TrustError as error:
+        require_agreement(policy, plan, ())
+    except (AuditError, TrustError) as error:
         return f"{error.code}  {error.message}"
     return f"study {plan.study}, approved, valid until {plan.valid_until}"

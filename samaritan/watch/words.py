@@ -19,6 +19,7 @@ UNKNOWN = "unknown"
 _CODE = re.compile(r"SAM-[A-Z]\d{3}")
 _ROW = re.compile(r"^\| (SAM-[A-Z]\d{3}) \| (.+) \| (.+) \|$", re.MULTILINE)
 _STATES = {
+    "down": "does not run",
     "starting": "is starting",
     "backoff": "keeps ending and is started again and again",
     "stopping": "is being stopped",
