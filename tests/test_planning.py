@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from samaritan import __version__
+from samaritan.audit.log import Log
 from samaritan.config import config_sha256, load_config, parse_config
 from samaritan.errors import SamaritanError, TrustError
-from samaritan.keys import Identity, is_signed, make_identity
+from samaritan.keys import Identity, is_signed, load_identity, make_identity
 from samaritan.lines import canonical
 from samaritan.models.bases import get_base
 from samaritan.plan import (
@@ -34,6 +36,7 @@ from samaritan.plan import (
 )
 from samaritan.provision.authority import members, open_authority
 from samaritan.provision.kits import provision
+from samaritan.provision.requests import fingerprint
 from server import planning
 from server.bundle import bundle_sha256
 from server.planning import make_plan
@@ -196,6 +199,25 @@ def test_sites_can_be_chosen_and_some_may_only_score(make: Any) -> None:
     assert plan.training_sites == ("Ahus", "Chur", "Doha")
     assert plan.observers == ("Bern",)
     assert set(make({"sites": ["Ahus", "Bern", "Chur"]}).plan.sites) == {"Ahus", "Bern", "Chur"}
+
+
+def test_the_key_of_each_site_stands_beside_its_fingerprint(
+    make: Any, consortium: Path, tmp_path: Path, samaritan: Any
+) -> None:
+    """It is what `samaritan audit log verify --key` takes."""
+    signed = make(None, {"data": {"held_out_sites": ["Bern"]}})
+    write_plan(tmp_path / "plan.json", signed)
+    public = load_identity(consortium / "sites" / "Bern" / "identity.key").public
+    told = f"{fingerprint(public)} (key {public.hex()}) (only scores)"
+    done = samaritan("plan", "show", tmp_path / "plan.json")
+    assert (done.code, f"  Bern: {told}\n" in done.out) == (0, True)
+    done = samaritan("plan", "show", tmp_path / "plan.json", "--json")
+    assert json.loads(done.out)["sites"]["Bern"] == told
+    log = Log(tmp_path / "log.jsonl", {"site": "Bern", "key": public.hex()}).path
+    key = re.findall(
+        r"Bern: .*\(key (\w+)\)", samaritan("plan", "show", tmp_path / "plan.json").out
+    )
+    assert samaritan("audit", "log", "verify", log, "--key", *key).code == 0
 
 
 def test_overrides_are_in_the_plan(make: Any) -> None:

@@ -2,6 +2,11 @@
 
 Whoever changes, removes, adds or swaps a line breaks the chain behind it. Lines cut off at the end
 are missed by a check against somebody else's log only. Format 1; other formats are refused.
+
+A change that the line itself does not show is seen in the lines behind it. The line that was
+changed is named if two untouched lines follow it: the first holds another hash of it, the second
+vouches for the first. A change of the last line but one is told at the last line, as one of the
+two; a change of the last line is not seen.
 """
 
 from __future__ import annotations
@@ -175,22 +180,62 @@ def entries(data: bytes, seq: int = 0, previous: str = START) -> Iterator[tuple[
         previous: Hash of the line before it.
 
     Raises:
-        LineError: For the first line that is not as it was written.
+        LineError: For the first line that is not as it was written; the one before the data, where
+            two lines of the data say that it was changed.
     """
-    for due, line in enumerate(data.splitlines(keepends=True), start=seq):
-        entry = _parsed(line, due + 1)
-        if (entry["type"] == "genesis") != (due == 0):
-            raise LineError(due + 1, f"an entry of type {entry['type']} stands in the wrong place")
-        if entry["seq"] != due:
-            raise LineError(due + 1, f"it has number {entry['seq']} where {due} is due")
+    lines = data.splitlines(keepends=True)
+    if seq and _is_denied(previous, seq - 1, lines[:2]):
+        raise LineError(
+            seq,
+            f"line {seq + 1} holds another hash of it than it had when it was read before: it was "
+            f"changed, or the lines from {seq + 1} on are of another log",
+        )
+    for due, line in enumerate(lines, start=seq):
+        entry, digest = _placed(line, due), line_hash(line)
         if entry["prev"] != previous:
             raise LineError(
                 due + 1,
                 "it does not follow the line before: one of the two was changed, or a line between "
-                "them is gone",
+                "them is gone"
+                if due
+                else "it names a line before it, and there is none",
             )
-        previous = line_hash(line)
-        yield entry, previous
+        if _is_denied(digest, due, lines[due - seq + 1 : due - seq + 3]):
+            raise LineError(
+                due + 1,
+                f"it was changed after line {due + 2} was written, which holds another hash of it, "
+                f"or the lines from {due + 2} on are of another log",
+            )
+        yield entry, digest
+        previous = digest
+
+
+def _is_denied(digest: str, due: int, after: list[bytes]) -> bool:
+    """Whether the two lines after a line are as they were written, and hold another hash of it.
+
+    Args:
+        digest: Hash of the line.
+        due: Its number, from 0.
+        after: The lines after it, two where there are as many.
+    """
+    # Lines that hold the hash need not be read twice.
+    if len(after) < 2 or f'"prev":"{digest}"'.encode() in after[0]:
+        return False
+    try:
+        denies = _placed(after[0], due + 1)["prev"] != digest
+        return denies and bool(_placed(after[1], due + 2)["prev"] == line_hash(after[0]))
+    except LineError:
+        return False
+
+
+def _placed(line: bytes, due: int) -> Entry:
+    """A line that says that it stands where it is."""
+    entry = _parsed(line, due + 1)
+    if (entry["type"] == "genesis") != (due == 0):
+        raise LineError(due + 1, f"an entry of type {entry['type']} stands in the wrong place")
+    if entry["seq"] != due:
+        raise LineError(due + 1, f"it has number {entry['seq']} where {due} is due")
+    return entry
 
 
 def _parsed(line: bytes, number: int) -> Entry:

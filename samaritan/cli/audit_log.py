@@ -11,7 +11,8 @@ import typer
 from samaritan.cli.console import print_json
 
 if TYPE_CHECKING:
-    from samaritan.audit.verify import Departure, Finding, Verdict
+    from samaritan.audit.reading import Departure, Finding
+    from samaritan.audit.verify import Verdict
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -25,7 +26,10 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 def verify(
     log: SiteLog,
     against: Annotated[
-        Path | None, typer.Option(help="Log of the server: did the same arrive as left?")
+        list[Path] | None,
+        typer.Option(
+            help="Log of the server: did the same arrive as left? Once for each study of the site."
+        ),
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="The site's public key, or a file with it, for its seals.")
@@ -36,14 +40,14 @@ def verify(
     from samaritan.audit.verify import match, verify_log
 
     public = None if key is None else _public(key)
-    verdict = verify_log(log, public) if against is None else match(log, against, public)
+    verdict = match(log, against, public) if against else verify_log(log, public)
     if as_json:
         print_json(_values(verdict))
     else:
         for warning in verdict.warnings:
             typer.echo(f"warning: {_told(warning)}")
         _require_whole(verdict)
-        typer.echo("\n".join(_summary(verdict, against)))
+        typer.echo("\n".join(_summary(verdict, against or [])))
     if not verdict.whole:
         raise typer.Exit(1)
 
@@ -79,7 +83,7 @@ def _public(key: str) -> bytes:
         raise AuditError(
             "SAM-A105",
             f"--key {key} is no public key, and no file with one",
-            "Give the 64 hexadecimal digits that the plan has as the site's identity.",
+            "Give the 64 hexadecimal digits of the site that `samaritan plan show PLAN` prints.",
         )
     return bytes.fromhex(text)
 
@@ -102,18 +106,19 @@ def _told(found: Finding) -> str:
     return f"{found.file}, line {found.line}: {found.what}"
 
 
-def _summary(verdict: Verdict, against: Path | None) -> list[str]:
+def _summary(verdict: Verdict, against: list[Path]) -> list[str]:
     lines = [f"{verdict.log}: {verdict.entries} entries, every line is as it was written"]
     size = sum(departure.size_bytes for departure in verdict.left)
     left = f"{_counted(len(verdict.left))} left, {size:,} bytes of updates"
-    if against is None:
+    if not against:
         return [*lines, left] if verdict.departures else lines
     seals = {
         "unchecked": "seals were not checked; give --key",
         "named": "seals were checked with the key that the site's log itself names; give --key",
         "given": "each carries the site's seal",
     }[verdict.seals]
-    return [*lines, f"{left}; {verdict.matched} arrived as they left in {against}", seals]
+    files = ", ".join(map(str, against))
+    return [*lines, f"{left}; {verdict.matched} arrived as they left in {files}", seals]
 
 
 def _values(verdict: Verdict) -> dict[str, object]:
@@ -177,7 +182,7 @@ def _short(text: str) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    from samaritan.audit.verify import printable
+    from samaritan.audit.reading import printable
 
     head = ("time (UTC)", "answer to", "round", "bytes", "tensors", "to", "numbers and texts")
     cells = [head, *(tuple(map(printable, row)) for row in rows)]

@@ -108,7 +108,7 @@ def _told(signed: SignedPlan) -> dict[str, Any]:
         "secure aggregation": "yes" if config.federation.secure_aggregation else "no",
         "differential privacy": privacy,
         "sites": {
-            name: f"{fingerprint(bytes.fromhex(site.identity))}"
+            name: f"{fingerprint(bytes.fromhex(site.identity))} (key {site.identity})"
             + (" (only scores)" if name in plan.observers else "")
             for name, site in sorted(plan.sites.items())
         },
