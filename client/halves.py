@@ -23,7 +23,6 @@ Half = Literal["agent", "courier"]
 COURIER = "courier"
 """Folder of the courier's half in a kit."""
 
-
 _PROGRAMS: dict[Half, tuple[str, ...]] = {"agent": ("agent",), "courier": ("node", "courier")}
 
 

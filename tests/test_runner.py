@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -19,6 +20,7 @@ from flwr.common.serde import user_config_to_proto
 from flwr.proto.run_pb2 import Run, RunStatus
 
 from samaritan import __version__
+from samaritan.cli.server import _line
 from samaritan.config import parse_config
 from samaritan.errors import (
     DeploymentError,
@@ -397,9 +399,8 @@ def test_a_superlink_that_is_started_anew_is_waited_for(trial: Any, seconds: flo
     one.link.silent_until = one.clock.now + seconds
     one.run()
     assert len(one.link.started) == 1
-    assert [e for e in one.told if e["event"] == "link_silent"] == [
-        {"event": "link_silent", "for_s": 60.0}
-    ]  # once, at once
+    (silent,) = [event for event in one.told if event["event"] == "link_silent"]
+    assert _line(silent, 3) == "the SuperLink does not answer; trying for 60 s"  # once, at once
 
 
 def test_a_superlink_may_be_silent_while_a_run_goes_on(trial: Any) -> None:
@@ -431,6 +432,21 @@ def test_a_superlink_that_refuses_is_not_asked_again(
     monkeypatch.setattr(one.link, "admit", refuse)
     assert one.error().code == "SAM-N302"
     assert one.clock.slept == []
+
+
+def test_stopping_says_what_was_stopped(
+    trial: Any, monkeypatch: pytest.MonkeyPatch, samaritan: Any
+) -> None:
+    one, stopped = trial(), list[int]()
+    one.kit.folder.mkdir(exist_ok=True)
+    one.kit.path("kit.yaml").write_text(yaml.safe_dump(one.kit.card.model_dump(mode="json")))
+    one.kit.path("server.yaml").write_text("{}\n")
+    monkeypatch.setattr(one.link, "stop", stopped.append, raising=False)
+    monkeypatch.setattr("server.control.connect", one.link.connect)
+    assert samaritan("server", "stop-run", one.kit.folder).out.startswith("no run is on; ")
+    run_id = one.link.begin("a" * 64, Attempt([], "completed"))
+    assert samaritan("server", "stop-run", one.kit.folder).out == f"run {run_id} is stopped\n"
+    assert stopped == [run_id]
 
 
 def test_what_is_half_written_is_read_when_it_is_whole(tmp_path: Path) -> None:

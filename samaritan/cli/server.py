@@ -70,13 +70,12 @@ def stop_run(kit: KitFolder = None) -> None:
     from server.settings import load_settings
 
     found = load_kit(kit_folder(kit), "server")
-    stopped = []
     with connect(found, load_settings(found.path("server.yaml"))) as control:
-        for run in control.unfinished():
+        runs = list(control.unfinished())
+        for run in runs:
             control.stop(run.run_id)
-            stopped.append(run.run_id)
             typer.echo(f"run {run.run_id} is stopped")
-    if not stopped:
+    if not runs:
         typer.echo("no run is on; a `samaritan run` that waits to go on ends with Ctrl-C")
 
 
