@@ -1093,7 +1093,7 @@ def test_a_port_that_other_machines_reach(address: str) -> None:
     try:
         listening = socket.create_server((address, 0), family=family)
     except OSError:
-        pytest.skip("no such addresses here")
+        pytest.skip(f"this machine has no address of the kind of {address}, such as IPv6")
     with listening:
         number = listening.getsockname()[1]
         found = ports.local_only("link_port", number)
