@@ -182,6 +182,15 @@ def test_honest_masks_give_the_sum(tmp_path):
     assert total.tolist() == pytest.approx([shortened] * 4, abs=1e-6)
 
 
+def test_a_site_without_its_key_makes_no_new_one_for_its_masks(tmp_path):
+    sums = Sums(tmp_path)
+    (tmp_path / "site_01/identity.key").unlink()
+    with pytest.raises(PrivacyError) as caught:
+        sums.round(SITES)
+    assert caught.value.code == "SAM-P301"
+    assert not (tmp_path / "site_01/identity.key").exists()
+
+
 def test_sites_that_start_from_different_states_do_not_mask_together(tmp_path):
     """Else a server gives all but one an adapter that learns nothing, and the sum is the one's."""
     states = {"site_02": "b" * 64, "site_03": "b" * 64}
